@@ -1,0 +1,1 @@
+"""Callbacks that track multi-objective training; they observe and never change it."""

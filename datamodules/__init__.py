@@ -1,0 +1,1 @@
+"""LightningDataModules for multi-task data sets."""

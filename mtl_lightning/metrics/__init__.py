@@ -1,0 +1,1 @@
+"""Metrics of multi-objective learning, on torchmetrics."""

@@ -1,0 +1,33 @@
+"""What callbacks read of a module, so that neither side imports the other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor
+
+
+@runtime_checkable
+class PopulationProtocol(Protocol):
+    """A LightningModule that trains ``P`` models, one per preference vector, on ``T`` tasks.
+
+    ``objective_values`` and ``metric_values`` are those of the latest validation. They are reduced over ranks when they
+    are first read after it, so every rank has to read them. Rows of a subproblem that has failed hold NaN.
+    """
+
+    @property
+    def task_names(self) -> tuple[str, ...]:
+        """The ``T`` task names, in the order of the columns."""
+
+    @property
+    def preferences(self) -> Tensor:
+        """The preference vectors of the models now in training, shape ``(P, T)``."""
+
+    @property
+    def objective_values(self) -> Tensor:
+        """The mean validation loss of each model on each task, shape ``(P, T)``."""
+
+    @property
+    def metric_values(self) -> Mapping[str, Tensor]:
+        """The validation metrics: from ``<metric>/<task>`` to one value per model, shape ``(P,)``."""

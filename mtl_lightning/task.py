@@ -1,0 +1,90 @@
+"""What a task is: a name, a loss and, optionally, metrics."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:  # the core needs the type only; torchmetrics is not imported with it
+    from torchmetrics import Metric, MetricCollection
+
+
+class Task:
+    """One task of a multi-task network.
+
+    Args:
+        name: The key of this task in the network's output and in the batch's targets.
+        loss: Maps the task's prediction and target to a scalar that is minimised.
+        metrics: A torchmetrics ``Metric`` or ``MetricCollection``, updated with the prediction and the target. Modules
+            clone it for each split and each model.
+
+    Raises:
+        ValueError: If the name is empty or holds a character that logged names cannot carry (``/`` or white space).
+        TypeError: If the loss is not callable.
+
+    Example:
+        >>> import torch
+        >>> task = Task("left", torch.nn.CrossEntropyLoss())
+        >>> task
+        Task('left', CrossEntropyLoss())
+        >>> task.has_labels(torch.tensor([3, -100])), task.has_labels(torch.tensor([-100, -100]))
+        (tensor(True), tensor(False))
+    """
+
+    def __init__(
+        self,
+        name: str,
+        loss: Callable[[Tensor, Tensor], Tensor],
+        metrics: Metric | MetricCollection | None = None,
+    ) -> None:
+        if not isinstance(name, str) or not name or "/" in name or any(char.isspace() for char in name):
+            raise ValueError(
+                f"A task's `name` should be a non-empty string without white space or '/'. Found {name!r}."
+            )
+        if not callable(loss):
+            raise TypeError(f"The `loss` of task {name!r} should be callable. Found {type(loss).__name__}.")
+        self.name = name
+        self.loss = loss
+        self.metrics = metrics
+
+    def has_labels(self, target: Tensor) -> Tensor:
+        """Return whether any element of ``target`` is a label, as a bool tensor of shape ``()``.
+
+        An element is missing if it is NaN, or if it equals the ``ignore_index`` of the loss and is an integer. Without
+        any label a task takes no part in the batch. Override it for another convention.
+        """
+        if target.is_floating_point():
+            return (~target.isnan()).any()
+        ignore_index = getattr(self.loss, "ignore_index", None)
+        if ignore_index is None:
+            return torch.tensor(target.numel() > 0, device=target.device)
+        return (target != ignore_index).any()
+
+    def __repr__(self) -> str:
+        return f"Task({self.name!r}, {self.loss})"
+
+
+def check_tasks(tasks: Sequence[Task], minimum: int = 2) -> tuple[Task, ...]:
+    """Return ``tasks`` as a tuple, or raise an error if they cannot be trained together.
+
+    Args:
+        tasks: The tasks.
+        minimum: The least number of tasks.
+
+    Raises:
+        TypeError: If one of them is not a ``Task``.
+        ValueError: If there are fewer than ``minimum``, or two share a name.
+    """
+    for task in tasks:
+        if not isinstance(task, Task):
+            raise TypeError(f"`tasks` should hold `Task` objects. Found {type(task).__name__}.")
+    if len(tasks) < minimum:
+        raise ValueError(f"`tasks` should hold at least {minimum} tasks. Found {len(tasks)}.")
+    repeated = [name for name, count in Counter(task.name for task in tasks).items() if count > 1]
+    if repeated:
+        raise ValueError(f"Task names should be unique. Found {', '.join(map(repr, repeated))} more than once.")
+    return tuple(tasks)

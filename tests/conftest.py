@@ -1,0 +1,14 @@
+import os
+
+# Two processes share the cores of a small CI machine, and forked processes hang on inherited OpenMP pools.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _deterministic() -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
