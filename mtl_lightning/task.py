@@ -38,7 +38,8 @@ class Task:
     def __init__(
         self,
         name: str,
-        loss: Callable[[Tensor, Tensor], Tensor],
+        # A module is callable; it is named for configuration files, which read a bare Callable as a factory of tensors.
+        loss: Callable[[Tensor, Tensor], Tensor] | torch.nn.Module,
         metrics: Metric | MetricCollection | None = None,
     ) -> None:
         if not isinstance(name, str) or not name or "/" in name or any(char.isspace() for char in name):

@@ -1,1 +1,4 @@
 """LightningModules for multi-task learning."""
+
+from mtl_lightning.modules.base import MultiTaskModule as MultiTaskModule
+from mtl_lightning.modules.mt2o import MT2OModule as MT2OModule

@@ -1,0 +1,67 @@
+"""A check that an optimiser treats every element by itself.
+
+The subproblems of a population are the rows of one matrix. An optimiser is right for them only if the step of an element
+depends on the history of that element alone. Norms over a tensor (LAMB, LARS), factored moments (Adafactor), matrix
+functions (Muon, Shampoo) and line searches (LBFGS) couple the rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+
+def check_elementwise(
+    optimizer: Callable[[Iterable[nn.Parameter]], Optimizer], device: torch.device | str = "cpu"
+) -> None:
+    """Raise an error unless the optimiser that the factory makes is element-wise.
+
+    It is tried, not looked up: a few steps on a small matrix must equal those on its rows held as separate tensors.
+
+    Args:
+        optimizer: The factory, from parameters to an optimiser.
+        device: Where to try it; some options (``capturable``) exist on GPUs only.
+
+    Raises:
+        ValueError: If the steps differ, or the optimiser cannot step without a closure.
+    """
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(3, 4, generator=generator).to(device)
+    scale = torch.tensor([[1e-2], [1.0], [1e2]])
+    # The scales swap between steps, so that coupled moments show as well as coupled gradients.
+    gradients = [scale.roll(step, dims=0) * torch.randn(3, 4, generator=generator) for step in range(4)]
+    gradients = [gradient.to(device) for gradient in gradients]
+    together = _trajectory(optimizer, [start], [[gradient] for gradient in gradients])
+    apart = _trajectory(optimizer, list(start), [list(gradient) for gradient in gradients])
+    if not torch.allclose(together[0], torch.stack(apart), rtol=1e-5, atol=1e-7):
+        raise ValueError(
+            "The optimiser of a population should be element-wise, as SGD, Adam and AdamW are: all subproblems are rows of "
+            "one matrix. Found one whose step of a row depends on the other rows "
+            f"({_name(optimizer)}). Use an element-wise optimiser, or train the subproblems in separate runs."
+        )
+
+
+def _trajectory(
+    factory: Callable[[Iterable[nn.Parameter]], Optimizer], start: list[Tensor], gradients: list[list[Tensor]]
+) -> list[Tensor]:
+    parameters = [nn.Parameter(tensor.clone()) for tensor in start]
+    try:
+        optimizer = factory(parameters)
+        for step in gradients:
+            for parameter, gradient in zip(parameters, step, strict=True):
+                parameter.grad = gradient.clone()
+            optimizer.step()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            "The optimiser of a population should step on tensors of any shape, without a closure. Found "
+            f"{_name(factory)}, which failed with: {error}"
+        ) from error
+    return [parameter.detach() for parameter in parameters]
+
+
+def _name(factory: Callable[[Iterable[nn.Parameter]], Optimizer]) -> str:
+    inner = getattr(factory, "func", factory)
+    return getattr(inner, "__name__", type(inner).__name__)

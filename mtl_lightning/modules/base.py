@@ -1,0 +1,238 @@
+"""What all multi-task modules share: tasks, the batch contract, the optimiser and its schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from mtl_lightning.population import UserInputError
+from mtl_lightning.task import Task, check_tasks
+
+OptimizerCallable = Callable[[Iterable[nn.Parameter]], Optimizer]
+LRSchedulerCallable = Callable[[Optimizer], LRScheduler | ReduceLROnPlateau]
+
+
+class MultiTaskModule(LightningModule):
+    """Base of the multi-task modules, with manual optimisation.
+
+    A batch is ``(inputs, targets)`` with a dict of targets, task name to tensor; override :meth:`unpack_batch` for another
+    form. A network maps inputs to a dict of predictions, task name to tensor; override :meth:`task_losses` where the loss of
+    a task needs more than its own prediction and target.
+
+    Args:
+        tasks: At least two tasks with different names.
+        optimizer: From parameters to an optimiser, such as ``functools.partial(torch.optim.Adam, lr=1e-3)``.
+        lr_scheduler: From the optimiser to a scheduler.
+        lr_scheduler_interval: Whether it is stepped after each epoch or after each optimiser step.
+        lr_scheduler_monitor: The logged metric that ``ReduceLROnPlateau`` reads at the end of an epoch.
+        gradient_clip_norm: The largest norm of a gradient; none by default.
+        accumulate_batches: Over how many batches gradients are averaged before a step. The last batch of an epoch always
+            steps, as in Lightning.
+
+    Raises:
+        ValueError: If the tasks are fewer than two or share a name, or a number is out of range.
+
+    Note:
+        Lightning refuses ``Trainer(gradient_clip_val=...)`` and ``Trainer(accumulate_grad_batches=...)`` in manual
+        optimisation; the two arguments above take their place. Random numbers drawn within a batch (dropout) depend on the
+        seed, the batch and the rank alone, so that a run resumed after any batch equals the uninterrupted one.
+    """
+
+    def __init__(
+        self,
+        tasks: Sequence[Task],
+        optimizer: OptimizerCallable,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        lr_scheduler_interval: Literal["epoch", "step"] = "epoch",
+        lr_scheduler_monitor: str | None = None,
+        gradient_clip_norm: float | None = None,
+        accumulate_batches: int = 1,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.tasks = check_tasks(tasks)
+        if gradient_clip_norm is not None and not gradient_clip_norm > 0:
+            raise ValueError(f"`gradient_clip_norm` should be positive, or None. Found {gradient_clip_norm}.")
+        if accumulate_batches < 1:
+            raise ValueError(f"`accumulate_batches` should be at least 1. Found {accumulate_batches}.")
+        if lr_scheduler_interval not in ("epoch", "step"):
+            raise ValueError(f"`lr_scheduler_interval` should be 'epoch' or 'step'. Found {lr_scheduler_interval!r}.")
+        self.gradient_clip_norm = gradient_clip_norm
+        self.accumulate_batches = accumulate_batches
+        self.batches_seen = 0
+        self._optimizer = optimizer
+        self._lr_scheduler = lr_scheduler
+        self._lr_scheduler_interval = lr_scheduler_interval
+        self._lr_scheduler_monitor = lr_scheduler_monitor
+        self._accumulated = 0
+        self._steps = 0
+        self._seed: int | None = None
+        # Losses may hold parameters or buffers of their own (class weights): they have to move with the module.
+        self._losses = nn.ModuleList(task.loss for task in self.tasks if isinstance(task.loss, nn.Module))
+
+    # --------------------------------------------------------------------------------------- to be overridden at will
+
+    def unpack_batch(self, batch: Any) -> tuple[Any, dict[str, Tensor]]:
+        """Return the inputs of the network and the targets, task name to tensor."""
+        try:
+            inputs, targets = batch
+        except (TypeError, ValueError) as error:
+            raise UserInputError(
+                f"A batch should be `(inputs, targets)`. Found {type(batch).__name__}. Override `unpack_batch` for it."
+            ) from error
+        return inputs, targets
+
+    def task_losses(self, outputs: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the loss of each task in ``targets``, shape ``()``, for the outputs of one network.
+
+        ``targets`` holds the tasks that have labels in this batch.
+        """
+        return {task.name: task.loss(outputs[task.name], targets[task.name]) for task in self.tasks if task.name in targets}
+
+    # ------------------------------------------------------------------------------------------------------ contract
+
+    @property
+    def task_names(self) -> tuple[str, ...]:
+        """The names of the ``T`` tasks."""
+        return tuple(task.name for task in self.tasks)
+
+    def loss_vector(self, outputs: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> Tensor:
+        """Return the losses of the tasks in ``targets``, checked, in the order of the tasks; float32, shape ``(T',)``."""
+        if not isinstance(outputs, Mapping):
+            raise UserInputError(
+                f"The network should return a dict, task name to prediction. Found {type(outputs).__name__}."
+            )
+        names = [name for name in self.task_names if name in targets]
+        _check_names("The network's output", outputs, names)
+        losses = self.task_losses(outputs, targets)
+        _check_names("The result of `task_losses`", losses, names)
+        for name in names:
+            if losses[name].ndim != 0:
+                raise UserInputError(
+                    f"The loss of task {name!r} should be a scalar. Found shape {tuple(losses[name].shape)}. "
+                    "Use a reduction such as the mean."
+                )
+        return torch.stack([losses[name].float() for name in names])
+
+    def labelled_tasks(self, targets: Mapping[str, Tensor]) -> tuple[int, ...]:
+        """Return the indices of the tasks with at least one label in the batch. Reads values: one wait for the device."""
+        if not isinstance(targets, Mapping):
+            raise UserInputError(f"The targets should be a dict, task name to tensor. Found {type(targets).__name__}.")
+        _check_names("The targets", targets, self.task_names)
+        labelled = torch.stack([task.has_labels(targets[task.name]) for task in self.tasks]).tolist()
+        return tuple(index for index, has_labels in enumerate(labelled) if has_labels)
+
+    # -------------------------------------------------------------------------------------------------- optimisation
+
+    def trained_parameters(self) -> Iterable[nn.Parameter]:
+        """Return the parameters that the optimiser is made of."""
+        return (parameter for parameter in self.parameters() if parameter.requires_grad)
+
+    def configure_optimizers(self) -> Any:
+        """Return the optimiser and, if there is one, the scheduler with its interval."""
+        optimizer = self._optimizer(list(self.trained_parameters()))
+        if self._lr_scheduler is None:
+            return optimizer
+        scheduler: dict[str, Any] = {
+            "scheduler": self._lr_scheduler(optimizer),
+            "interval": self._lr_scheduler_interval,
+        }
+        if isinstance(scheduler["scheduler"], ReduceLROnPlateau):
+            if self._lr_scheduler_monitor is None:
+                raise ValueError("`ReduceLROnPlateau` needs `lr_scheduler_monitor`, the name of a logged metric. Found None.")
+            scheduler["monitor"] = self._lr_scheduler_monitor
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+    def configure_callbacks(self) -> list[Any]:
+        """Refuse trainer flags that do not reach manual optimisation; add no callback."""
+        # Lightning refuses them as well, a little later, but cannot name our arguments.
+        if self.trainer.gradient_clip_val is not None:
+            raise MisconfigurationException(
+                f"Gradients are clipped by `{type(self).__name__}(gradient_clip_norm=...)`. "
+                f"Found `Trainer(gradient_clip_val={self.trainer.gradient_clip_val})`; remove it."
+            )
+        if self.trainer.accumulate_grad_batches != 1:
+            raise MisconfigurationException(
+                f"Gradients are accumulated by `{type(self).__name__}(accumulate_batches=...)`. "
+                f"Found `Trainer(accumulate_grad_batches={self.trainer.accumulate_grad_batches})`; remove it."
+            )
+        return []
+
+    def is_step_due(self) -> bool:
+        """Count a batch whose gradients are ready; return whether the optimiser steps now."""
+        self._accumulated += 1
+        if self._accumulated < self.accumulate_batches and not self.trainer.is_last_batch:
+            return False
+        self._accumulated = 0
+        return True
+
+    def step_schedulers(self, interval: Literal["epoch", "step"]) -> None:
+        """Step the schedulers of this interval, each as often as its configuration says."""
+        count = self._steps if interval == "step" else self.current_epoch + 1
+        for config in self.trainer.lr_scheduler_configs:
+            if config.interval != interval or count % config.frequency:
+                continue
+            if not isinstance(config.scheduler, ReduceLROnPlateau):
+                config.scheduler.step()
+                continue
+            value = self.trainer.callback_metrics.get(str(config.monitor))
+            if value is None:
+                logged = ", ".join(sorted(self.trainer.callback_metrics)) or "none"
+                raise MisconfigurationException(
+                    f"`lr_scheduler_monitor` should name a logged metric. Found {config.monitor!r}; logged are: {logged}."
+                )
+            config.scheduler.step(float(value))
+
+    def on_fit_start(self) -> None:
+        """Fix the seed of the run: that of ``seed_everything``, or a fresh one, the same on all ranks."""
+        if self._seed is None:
+            self._seed = int(self.trainer.strategy.broadcast(torch.initial_seed() % 2**31))
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Seed the batch, so that what is random in it does not depend on where the run was started."""
+        assert self._seed is not None
+        torch.manual_seed(_mixed(self._seed, self.batches_seen * self.trainer.world_size + self.global_rank))
+
+    def on_train_epoch_end(self) -> None:
+        """Step the schedulers that go by epochs."""
+        self.step_schedulers("epoch")
+
+    # --------------------------------------------------------------------------------------------------------- state
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Return the counters and the seed, as part of the ``state_dict``."""
+        return {
+            "batches_seen": self.batches_seen,
+            "accumulated": self._accumulated,
+            "steps": self._steps,
+            "seed": self._seed,
+        }
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Take up the counters and the seed of a checkpoint."""
+        self.batches_seen = state["batches_seen"]
+        self._accumulated = state["accumulated"]
+        self._steps = state["steps"]
+        self._seed = state["seed"]
+
+
+def _check_names(what: str, found: Mapping[str, Any], names: Sequence[str]) -> None:
+    missing = [name for name in names if name not in found]
+    if missing:
+        raise UserInputError(
+            f"{what} should hold every task. Missing: {', '.join(map(repr, missing))}; found: "
+            f"{', '.join(map(repr, found)) or 'nothing'}."
+        )
+
+
+def _mixed(seed: int, index: int) -> int:
+    # One round of splitmix64: neighbouring seeds and batches give unrelated streams.
+    value = (seed * 0x9E3779B97F4A7C15 + index + 1) * 0xBF58476D1CE4E5B9 % 2**64
+    return (value ^ (value >> 31)) % 2**63

@@ -1,0 +1,112 @@
+"""Losses and metrics of a population over one pass of an evaluation set."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric, MetricCollection
+
+from mtl_lightning.task import Task
+
+
+class PopulationEvaluation(nn.Module):
+    """Mean loss and metrics of each of ``P`` subproblems on each of ``T`` tasks.
+
+    Means are over samples, so that batches of unequal size and unequal ranks count as they should. A batch without labels of
+    a task does not count for that task.
+
+    Args:
+        tasks: The tasks; their metrics are cloned for each subproblem.
+        size: The number of subproblems ``P``.
+    """
+
+    sums: Tensor
+    counts: Tensor
+
+    def __init__(self, tasks: Sequence[Task], size: int) -> None:
+        super().__init__()
+        self.task_names = [task.name for task in tasks]
+        self.register_buffer("sums", torch.zeros(size, len(tasks)), persistent=False)
+        self.register_buffer("counts", torch.zeros(len(tasks)), persistent=False)
+        self.metrics = nn.ModuleDict({
+            f"{name}/{task.name}": nn.ModuleList(metric.clone() for _ in range(size))
+            for task in tasks
+            for name, metric in named_metrics(task).items()
+        })
+
+    def reset(self, size: int | None = None) -> None:
+        """Forget everything; ``size`` is the number of subproblems from now on."""
+        rows = len(self.sums) if size is None else size
+        self.sums = self.sums.new_zeros(rows, len(self.task_names))
+        self.counts.zero_()
+        for key, metrics in self.metrics.items():
+            assert isinstance(metrics, nn.ModuleList)
+            while len(metrics) < rows:
+                metrics.append(metrics[0].clone())  # type: ignore[operator]
+            self.metrics[key] = metrics[:rows]
+            for metric in self.metrics[key]:  # type: ignore[attr-defined]
+                metric.reset()
+
+    def update(
+        self,
+        outputs: Mapping[str, Tensor],
+        losses: Tensor,
+        targets: Mapping[str, Tensor],
+        tasks: Sequence[int],
+    ) -> None:
+        """Take in one batch.
+
+        Args:
+            outputs: Predictions, task name to tensor of shape ``(P, B, ...)``.
+            losses: Mean losses of the tasks with labels, shape ``(P, T')``.
+            targets: Targets, task name to tensor of shape ``(B, ...)``.
+            tasks: The indices of the ``T'`` tasks with labels.
+        """
+        for column, task in enumerate(tasks):
+            target = targets[self.task_names[task]]
+            samples = len(target) if target.ndim else 1
+            self.sums[:, task] += samples * losses[:, column]
+            self.counts[task] += samples
+        for key, metrics in self.metrics.items():
+            name = key.split("/")[1]
+            if self.task_names.index(name) in tasks:
+                for index, metric in enumerate(metrics):  # type: ignore[arg-type]
+                    metric.update(outputs[name][index], targets[name])
+
+    def compute(self, reduce: Callable[[Tensor], Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the mean losses, shape ``(P, T)``, and the metrics, name to values of shape ``(P,)``; float32.
+
+        Args:
+            reduce: Sums a tensor over the ranks; every rank has to take part. Metrics reduce themselves.
+        """
+        counts = reduce(self.counts.clone())
+        losses = reduce(self.sums.clone()) / counts
+        failed = ~losses[:, counts > 0].isfinite().all(dim=1)
+        values = {}
+        for key, metrics in self.metrics.items():
+            results = [metric.compute() for metric in metrics]  # type: ignore[union-attr]
+            if not all(isinstance(result, Tensor) and result.ndim == 0 for result in results):
+                raise ValueError(f"The metric {key!r} should compute a scalar. Found {results[0]!r}.")
+            values[key] = torch.stack(results).float()
+        # A class decided by comparing NaN is no result, although a metric may count it.
+        return losses, {key: value.masked_fill(failed, torch.nan) for key, value in values.items()}
+
+
+def named_metrics(task: Task) -> dict[str, Metric]:
+    """Return the metrics of a task by name: the keys of a collection, or the class of a single metric in snake case.
+
+    Example:
+        >>> import torch
+        >>> from torchmetrics.classification import MulticlassAccuracy
+        >>> list(named_metrics(Task("left", torch.nn.CrossEntropyLoss(), MulticlassAccuracy(10))))
+        ['accuracy']
+    """
+    if task.metrics is None:
+        return {}
+    if isinstance(task.metrics, MetricCollection):
+        return {str(name): metric for name, metric in task.metrics.items()}
+    plain = re.sub(r"^(Multiclass|Multilabel|Binary)", "", type(task.metrics).__name__)
+    return {re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", plain).lower(): task.metrics}

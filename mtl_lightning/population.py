@@ -1,0 +1,526 @@
+"""P copies of one network as the rows of one parameter matrix.
+
+The trainable parameters of all subproblems form ``theta``, shape ``(P, D)``: row ``i`` is the flattened network of
+subproblem ``i``. One optimiser then steps all of them at once, a transfer is one matrix product, and clipping is one norm
+along a dimension. What is not trained is not multiplied: parameters with ``requires_grad=False`` are held once. Buffers
+(batch-norm statistics, counters) are stacked, shape ``(P, ...)``.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+_log = logging.getLogger(__name__)
+
+# Rows and their parameters start at multiples of 64 bytes (float32), as separately allocated tensors do: kernels may
+# sum in another order on unaligned data, and then a subproblem would not equal the same network trained alone.
+_ALIGNMENT = 16
+
+Backend = Literal["vmap", "loop"]
+
+
+class _Slot(NamedTuple):
+    """Where one trainable parameter lives: in its modules (several if tied) and in a row of ``theta``."""
+
+    owners: tuple[tuple[nn.Module, str], ...]
+    name: str
+    shape: torch.Size
+    start: int
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.shape.numel()
+
+
+class Population(nn.Module):
+    """``P`` copies of a network, trained at once.
+
+    Args:
+        network: Any module; its state is copied, the object itself stays as it is.
+        size: The number of subproblems ``P``.
+        init: ``"common"``: all start from the network's parameters. ``"independent"``: each draws its own through the
+            ``reset_parameters`` methods of the network's modules, from torch's global generator.
+        backend: ``"vmap"`` evaluates all subproblems in batched kernels. ``"loop"`` evaluates them one after another, with
+            a backward pass each, so that only one graph is alive. ``"auto"`` leaves the choice to
+            :meth:`choose_backend`; until it is made the loop is used. Both give the same numbers, except for random
+            numbers drawn inside the network (dropout): these are independent across subproblems in both, but not the same.
+        chunk_size: With ``"vmap"``, how many subproblems share one graph and one backward pass. All by default; a smaller
+            number bounds the memory of activations.
+
+    Attributes:
+        theta: The trainable parameters, shape ``(P, D)``, zero-padded so that each parameter is aligned.
+        network: The structure, the frozen parameters and the stacked buffers. Without its trainable parameters it cannot be
+            called; use :meth:`member`.
+
+    Raises:
+        ValueError: If ``size`` or ``chunk_size`` is less than one, if nothing is trainable, or if ``init="independent"``
+            cannot reach every trainable parameter.
+        TypeError: If the trainable parameters differ in dtype or are not floating-point.
+
+    Note:
+        Limits: the trainable parameters share one dtype, and one set of hyper-parameters in the optimiser. Tensors that a
+        network keeps as plain attributes are shared by all subproblems.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> population = Population(nn.Linear(3, 2), size=4, backend="vmap")
+        >>> population(torch.ones(5, 3)).shape
+        torch.Size([4, 5, 2])
+        >>> population.member(0).weight.shape
+        torch.Size([2, 3])
+    """
+
+    theta: nn.Parameter
+
+    def __init__(
+        self,
+        network: nn.Module,
+        size: int,
+        init: Literal["common", "independent"] = "common",
+        backend: Literal["vmap", "loop", "auto"] = "auto",
+        chunk_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        if size < 1:
+            raise ValueError(f"`size` should be at least 1. Found {size}.")
+        if chunk_size is not None and chunk_size < 1:
+            raise ValueError(f"`chunk_size` should be at least 1, or None. Found {chunk_size}.")
+        if init not in ("common", "independent"):
+            raise ValueError(f"`init` should be 'common' or 'independent'. Found {init!r}.")
+        if backend not in ("vmap", "loop", "auto"):
+            raise ValueError(f"`backend` should be 'vmap', 'loop' or 'auto'. Found {backend!r}.")
+        self.backend: Literal["vmap", "loop", "auto"] = backend
+        self.chunk_size = chunk_size
+        self._chosen: Backend = "loop" if backend == "auto" else backend
+
+        self.network = copy.deepcopy(network)
+        self._slots, self._num_columns = _find_slots(self.network)
+        copies = [self.network] * size
+        if init == "independent":
+            copies = [_reinitialized(network) for _ in range(size)]
+        theta = torch.stack([self._flatten(member) for member in copies])
+        self._vacate()
+        self._stack_buffers(copies)
+        self.theta = nn.Parameter(theta)
+        self._split_sizes = tuple(
+            width for slot, stop in zip(self._slots, self._row_stops(), strict=True)
+            for width in (slot.shape.numel(), stop - slot.stop)
+        )
+
+    # ------------------------------------------------------------------------------------------------ description
+
+    @property
+    def size(self) -> int:
+        """The number of subproblems ``P``."""
+        return self.theta.shape[0]
+
+    @property
+    def active_backend(self) -> Backend:
+        """The backend in use: the one given, or the one chosen by :meth:`choose_backend`."""
+        return self._chosen
+
+    @active_backend.setter
+    def active_backend(self, backend: Backend) -> None:
+        self._chosen = backend
+
+    @property
+    def parameter_names(self) -> tuple[str, ...]:
+        """The names of the trainable parameters in the network's own ``state_dict``."""
+        return tuple(slot.name for slot in self._slots)
+
+    @property
+    def num_parameters(self) -> int:
+        """The number of trainable parameters of one subproblem, padding left out."""
+        return sum(slot.shape.numel() for slot in self._slots)
+
+    def extra_repr(self) -> str:
+        """Return the size, the parameters of one subproblem, and the backend."""
+        return f"size={self.size}, num_parameters={self.num_parameters}, backend={self.backend!r}"
+
+    def member(self, index: int) -> nn.Module:
+        """Return a copy of subproblem ``index`` as the network it was made of, with the same ``state_dict`` keys.
+
+        Raises:
+            IndexError: If there is no such subproblem.
+        """
+        if not -self.size <= index < self.size:
+            raise IndexError(f"`index` should lie in [0, {self.size}). Found {index}.")
+        memo: dict[int, Any] = {}
+        member = copy.deepcopy(self.network, memo)
+        row = self.theta.detach()[index]
+        for slot in self._slots:
+            value = row[slot.start : slot.stop].view(slot.shape).clone()
+            parameter = nn.Parameter(value)
+            for owner, name in slot.owners:
+                memo[id(owner)]._parameters[name] = parameter
+        for module in member.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = buffer[index].clone()
+        return member
+
+    # ------------------------------------------------------------------------------------------------- evaluation
+
+    def forward(self, inputs: Any) -> Any:
+        """Return the outputs of all subproblems on shared ``inputs``, each tensor with a leading dimension ``P``."""
+        return self.evaluate(_identity, inputs, None)
+
+    def evaluate(
+        self, function: Callable[[Any, Any], Any], inputs: Any, targets: Any, per_subproblem: bool = False
+    ) -> Any:
+        """Return ``function(network(inputs), targets)`` of every subproblem, stacked along a new first dimension.
+
+        Args:
+            function: From one subproblem's outputs and the targets to a tensor, or a structure of tensors.
+            inputs: What the network is called with; shared by all subproblems.
+            targets: Anything ``function`` understands.
+            per_subproblem: Inputs and targets carry a leading dimension ``P``, one slice for each subproblem.
+        """
+        return self._run(self.theta, slice(None), function, inputs, targets, per_subproblem)
+
+    def chunks(self) -> Iterator[Chunk]:
+        """Yield the subproblems in parts that share one backward pass: one at a time, or ``chunk_size`` under vmap.
+
+        Gradients are added to ``theta.grad``, which is allocated here if it is ``None``.
+        """
+        if self.theta.grad is None:
+            self.theta.grad = torch.zeros_like(self.theta)
+        size = 1 if self._chosen == "loop" else self.chunk_size or self.size
+        for start in range(0, self.size, size):
+            yield Chunk(self, slice(start, min(start + size, self.size)))
+
+    def choose_backend(
+        self, function: Callable[[Any, Any], Tensor], inputs: Any, targets: Any, per_subproblem: bool = False
+    ) -> Backend:
+        """Time both backends on one batch and keep the faster; return its name.
+
+        Nothing changes but the choice: gradients, buffers and random state are put back. Does nothing unless ``backend`` is
+        ``"auto"``. A network that vmap cannot run falls to the loop, with a line in the log.
+        """
+        if self.backend != "auto" or self.size == 1:
+            self._chosen = "loop" if self.backend == "auto" else self.backend
+            return self._chosen
+        seconds: dict[Backend, float] = {}
+        for backend in ("loop", "vmap"):
+            self._chosen = backend
+            try:
+                seconds[backend] = self._time(function, inputs, targets, per_subproblem)
+            except UnsupportedByVmapError as error:
+                _log.warning("vmap cannot run this network, so the loop is used: %s", error.__cause__)
+        self._chosen = min(seconds, key=seconds.__getitem__)
+        _log.info(
+            "Backend %r for %d subproblems (%s per forward and backward).",
+            self._chosen,
+            self.size,
+            ", ".join(f"{name} {1e3 * value:.1f} ms" for name, value in seconds.items()),
+        )
+        return self._chosen
+
+    # ------------------------------------------------------------------------------------------- operations on rows
+
+    @torch.no_grad()
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        """Scale each row of ``theta.grad`` to a norm of at most ``max_norm``; return the norms before, shape ``(P,)``."""
+        if self.theta.grad is None:
+            return self.theta.new_zeros(self.size)
+        norms = self.theta.grad.norm(dim=1)
+        self.theta.grad.mul_((max_norm / (norms + 1e-6)).clamp(max=1.0).unsqueeze(1))
+        return norms
+
+    @torch.no_grad()
+    def transfer_step(self, matrix: Tensor, healthy: Tensor, columns: Sequence[slice]) -> Tensor:
+        """Return ``(M - I) theta``, shape ``(P, D)``: what a transfer adds to the step of the optimiser.
+
+        It is computed from the parameters before the step, so that the step and the mixing are decoupled.
+
+        Args:
+            matrix: ``M``, shape ``(P, P)``; its rows sum to one.
+            healthy: Shape ``(P,)``, bool. The rows of the others may hold NaN; ``M`` gives them no weight.
+            columns: The columns that are transferred, see :meth:`columns`.
+        """
+        # NaN times zero is NaN: the rows without weight are replaced before the product.
+        theta = self.theta.masked_fill(~healthy.unsqueeze(1), 0.0)
+        mixing = (matrix - torch.eye(self.size, device=matrix.device, dtype=matrix.dtype)).to(theta.dtype)
+        mixing = mixing.masked_fill(~healthy.unsqueeze(1), 0.0)
+        if columns == [slice(0, self._num_columns)]:
+            return mixing @ theta
+        step = torch.zeros_like(theta)
+        for part in columns:
+            step[:, part] = mixing @ theta[:, part]
+        return step
+
+    @torch.no_grad()
+    def mix_buffers(self, matrix: Tensor, healthy: Tensor, patterns: Sequence[str] | None = None) -> None:
+        """Replace every floating-point buffer by its mixture under ``matrix``, shape ``(P, P)``; others stay."""
+        mixing = matrix - torch.eye(self.size, device=matrix.device, dtype=matrix.dtype)
+        mixing = mixing.masked_fill(~healthy.unsqueeze(1), 0.0)
+        for name, buffer in self.network.named_buffers():
+            if buffer.is_floating_point() and (patterns is None or _matches(name, patterns)):
+                rows = buffer.view(self.size, -1)
+                finite = rows.masked_fill(~healthy.unsqueeze(1), 0.0)
+                rows.add_(mixing.to(rows.dtype) @ finite)
+
+    def columns(self, patterns: Sequence[str] | None = None) -> list[slice]:
+        """Return the columns of ``theta`` whose parameter names match one of the shell patterns; all for ``None``.
+
+        Raises:
+            ValueError: If a pattern matches no parameter and no buffer.
+        """
+        if patterns is None:
+            return [slice(0, self._num_columns)]
+        names = [*self.parameter_names, *(name for name, _ in self.network.named_buffers())]
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise ValueError(
+                    f"Each pattern should match the name of a parameter. Found {pattern!r}, and the names "
+                    f"{', '.join(names[:6])}{', ...' if len(names) > 6 else ''}."
+                )
+        return [slice(slot.start, slot.stop) for slot in self._slots if _matches(slot.name, patterns)]
+
+    @torch.no_grad()
+    def select_(self, rows: Sequence[int]) -> None:
+        """Keep the given rows, in the given order; a row named twice is copied. The number of rows may change."""
+        index = torch.as_tensor(rows, device=self.theta.device)
+        # `.data` keeps the parameter object, which the optimiser and wrappers refer to.
+        self.theta.data = self.theta.data.index_select(0, index)
+        self.theta.grad = None
+        for buffer in self.network.buffers():
+            buffer.data = buffer.data.index_select(0, index)
+
+    @torch.no_grad()
+    def copy_row_(self, source: int, destination: int) -> None:
+        """Copy the parameters and buffers of one subproblem onto another."""
+        self.theta[destination] = self.theta[source]
+        for buffer in self.network.buffers():
+            buffer[destination] = buffer[source]
+
+    # ------------------------------------------------------------------------------------------------- internals
+
+    def _vacate(self) -> None:
+        # None is torch's own mark of a parameter that a module does without: it is not listed, saved or moved.
+        for slot in self._slots:
+            for owner, name in slot.owners:
+                owner._parameters[name] = None
+
+    def _row_stops(self) -> list[int]:
+        return [*(slot.start for slot in self._slots[1:]), self._num_columns]
+
+    def _flatten(self, network: nn.Module) -> Tensor:
+        parameters = dict(network.named_parameters(remove_duplicate=False))
+        first = parameters[self._slots[0].name]
+        row = torch.zeros(self._num_columns, dtype=first.dtype, device=first.device)
+        for slot in self._slots:
+            row[slot.start : slot.stop] = parameters[slot.name].detach().flatten()
+        return row
+
+    def _stack_buffers(self, copies: Sequence[nn.Module]) -> None:
+        values = [dict(member.named_buffers(remove_duplicate=False)) for member in copies]
+        for path, module in self.network.named_modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    key = f"{path}.{name}" if path else name
+                    module._buffers[name] = torch.stack([member[key] for member in values])
+
+    def _buffer_slots(self) -> list[tuple[nn.Module, str, Tensor]]:
+        return [
+            (module, name, buffer)
+            for module in self.network.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
+
+    def _call(self, row: Tensor, buffers: Sequence[Tensor], inputs: Any) -> tuple[Any, list[Tensor]]:
+        """Return the output of the network with one row as its parameters, and its buffers afterwards."""
+        slots = self._buffer_slots()
+        pieces = row.split(self._split_sizes)[::2]  # every second piece is padding
+        try:
+            for slot, piece in zip(self._slots, pieces, strict=True):
+                value = piece.view(slot.shape)
+                for owner, name in slot.owners:
+                    owner._parameters[name] = value  # type: ignore[assignment]  # as torch.func.functional_call does
+            for (module, name, _), buffer in zip(slots, buffers, strict=True):
+                module._buffers[name] = buffer
+            outputs = self.network(inputs)
+            # A buffer may have been updated in place, or rebound by `self.buffer = ...`.
+            return outputs, [module._buffers[name] for module, name, _ in slots]  # type: ignore[misc]
+        finally:
+            self._vacate()
+            for module, name, stacked in slots:
+                module._buffers[name] = stacked
+
+    def _run(
+        self,
+        rows: Tensor,
+        members: slice,
+        function: Callable[[Any, Any], Any],
+        inputs: Any,
+        targets: Any,
+        per_subproblem: bool,
+    ) -> Any:
+        buffers = [buffer[members] for _, _, buffer in self._buffer_slots()]
+
+        def one(row: Tensor, own: Sequence[Tensor], inputs: Any, targets: Any) -> tuple[Any, list[Tensor]]:
+            outputs, updated = self._call(row, own, inputs)
+            return function(outputs, targets), updated
+
+        if self._chosen == "vmap":
+            batched = 0 if per_subproblem else None
+            in_dims = (0, 0 if buffers else None, batched, batched if targets is not None else None)
+            try:
+                results, updated = torch.vmap(one, in_dims=in_dims, randomness="different")(
+                    rows, buffers, inputs, targets
+                )
+            except UserInputError:
+                raise
+            except (RuntimeError, ValueError, NotImplementedError) as error:
+                self._explain_vmap(error)
+                raise
+            for buffer, new in zip(buffers, updated, strict=True):
+                if new.data_ptr() != buffer.data_ptr():
+                    buffer.copy_(new.detach())
+            return results
+
+        collected = []
+        for index, row in enumerate(rows.unbind(0)):
+            own = [buffer[index] for buffer in buffers]
+            mine, target = inputs, targets
+            if per_subproblem:
+                mine, target = pytree.tree_map(lambda tensor, index=index: tensor[index], (inputs, targets))
+            result, updated = one(row, own, mine, target)
+            for buffer, new in zip(own, updated, strict=True):
+                if new is not buffer:
+                    buffer.copy_(new.detach())
+            collected.append(result)
+        return pytree.tree_map(lambda *results: torch.stack(results), *collected)
+
+    def _explain_vmap(self, error: Exception) -> None:
+        if isinstance(error, torch.OutOfMemoryError):
+            return
+        raise UnsupportedByVmapError(
+            "The network, the losses and the batch should be computable under torch.vmap. Use `backend='loop'`, or "
+            f"`backend='auto'`, which falls to it. Found: {str(error).splitlines()[0]}"
+        ) from error
+
+    def _time(
+        self, function: Callable[[Any, Any], Tensor], inputs: Any, targets: Any, per_subproblem: bool, repeats: int = 3
+    ) -> float:
+        devices = [self.theta.device] if self.theta.device.type == "cuda" else []
+        seconds = []
+        with torch.random.fork_rng(devices=devices), self._preserved(), torch.enable_grad():
+            for _ in range(repeats + 1):  # the first pass warms up
+                _synchronize(self.theta.device)
+                start = time.perf_counter()
+                for chunk in self.chunks():
+                    chunk.evaluate(function, inputs, targets, per_subproblem).sum().backward()
+                _synchronize(self.theta.device)
+                seconds.append(time.perf_counter() - start)
+        return min(seconds[1:])
+
+    @contextmanager
+    def _preserved(self) -> Iterator[None]:
+        gradient, buffers = self.theta.grad, [buffer.clone() for buffer in self.network.buffers()]
+        self.theta.grad = None
+        try:
+            yield
+        finally:
+            self.theta.grad = gradient
+            for buffer, saved in zip(self.network.buffers(), buffers, strict=True):
+                buffer.copy_(saved)
+
+
+class Chunk:
+    """Some subproblems of a population, as one leaf of the autograd graph.
+
+    ``backward`` on anything computed from :meth:`evaluate` adds to these rows of ``theta.grad``.
+    """
+
+    def __init__(self, population: Population, members: slice) -> None:
+        self.members = members
+        self._population = population
+        assert population.theta.grad is not None
+        # A leaf of its own: a slice of `theta` would send back a zero gradient of the full size from every chunk.
+        self._rows = population.theta.detach()[members].requires_grad_()
+        self._rows.grad = population.theta.grad[members]
+
+    def evaluate(
+        self, function: Callable[[Any, Any], Any], inputs: Any, targets: Any, per_subproblem: bool = False
+    ) -> Any:
+        """Return ``function(network(inputs), targets)`` of these subproblems, stacked; see ``Population.evaluate``."""
+        if per_subproblem:
+            inputs, targets = pytree.tree_map(lambda tensor: tensor[self.members], (inputs, targets))
+        return self._population._run(self._rows, self.members, function, inputs, targets, per_subproblem)
+
+
+class UserInputError(ValueError):
+    """What the user handed in is wrong, whatever the backend: it is not blamed on vmap."""
+
+
+class UnsupportedByVmapError(RuntimeError):
+    """The network does something that ``torch.vmap`` cannot batch."""
+
+
+def _identity(outputs: Any, _: Any) -> Any:
+    return outputs
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _find_slots(network: nn.Module) -> tuple[tuple[_Slot, ...], int]:
+    owners: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in network.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append((module, name))
+    trainable = [(name, parameter) for name, parameter in network.named_parameters() if parameter.requires_grad]
+    if not trainable:
+        raise ValueError("`network` should have a trainable parameter. Found none with `requires_grad=True`.")
+    dtypes = sorted({str(parameter.dtype) for _, parameter in trainable})
+    if len(dtypes) > 1 or not trainable[0][1].is_floating_point():
+        raise TypeError(
+            f"The trainable parameters of `network` should share one floating-point dtype. Found {', '.join(dtypes)}."
+        )
+    widths = [-(-parameter.numel() // _ALIGNMENT) * _ALIGNMENT for _, parameter in trainable]
+    starts = [0, *itertools.accumulate(widths)]
+    slots = tuple(
+        _Slot(tuple(owners[id(parameter)]), name, parameter.shape, start)
+        for (name, parameter), start in zip(trainable, starts[:-1], strict=True)
+    )
+    return slots, starts[-1]
+
+
+def _reinitialized(network: nn.Module) -> nn.Module:
+    member = copy.deepcopy(network)
+    reached: set[int] = set()
+    for module in reversed(list(member.modules())):  # children first: a parent has the last word on them
+        reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
+        if callable(reset):
+            reset()
+            reached.update(id(parameter) for parameter in module.parameters(recurse=False))
+    missed = [
+        name for name, parameter in member.named_parameters() if parameter.requires_grad and id(parameter) not in reached
+    ]
+    if missed:
+        raise ValueError(
+            "With `init='independent'` every trainable parameter should belong to a module with `reset_parameters`. "
+            f"Found none for {', '.join(missed)}. Add the method there, or use `init='common'`."
+        )
+    return member
