@@ -83,7 +83,9 @@ class Doubling(Growth):
 
 
 def _centres(preferences: Tensor, parts: Sequence[Sequence[int]]) -> Tensor:
-    return torch.stack([preferences[list(part)].mean(dim=0) if len(part) > 1 else preferences[part[0]] for part in parts])
+    return torch.stack(
+        [preferences[list(part)].mean(dim=0) if len(part) > 1 else preferences[part[0]] for part in parts]
+    )
 
 
 def _halves(preferences: Tensor, part: list[int]) -> list[list[int]]:

@@ -115,7 +115,8 @@ class Population(nn.Module):
         self._stack_buffers(copies)
         self.theta = nn.Parameter(theta)
         self._split_sizes = tuple(
-            width for slot, stop in zip(self._slots, self._row_stops(), strict=True)
+            width
+            for slot, stop in zip(self._slots, self._row_stops(), strict=True)
             for width in (slot.shape.numel(), stop - slot.stop)
         )
 
@@ -169,6 +170,7 @@ class Population(nn.Module):
             for name, buffer in module._buffers.items():
                 if buffer is not None:
                     module._buffers[name] = buffer[index].clone()
+        _refresh_recurrent(member)
         return member
 
     # ------------------------------------------------------------------------------------------------- evaluation
@@ -299,13 +301,6 @@ class Population(nn.Module):
         for buffer in self.network.buffers():
             buffer.data = buffer.data.index_select(0, index)
 
-    @torch.no_grad()
-    def copy_row_(self, source: int, destination: int) -> None:
-        """Copy the parameters and buffers of one subproblem onto another."""
-        self.theta[destination] = self.theta[source]
-        for buffer in self.network.buffers():
-            buffer[destination] = buffer[source]
-
     # ------------------------------------------------------------------------------------------------- internals
 
     def _vacate(self) -> None:
@@ -350,6 +345,7 @@ class Population(nn.Module):
                 value = piece.view(slot.shape)
                 for owner, name in slot.owners:
                     owner._parameters[name] = value  # type: ignore[assignment]  # as torch.func.functional_call does
+            _refresh_recurrent(self.network)
             for (module, name, _), buffer in zip(slots, buffers, strict=True):
                 module._buffers[name] = buffer
             outputs = self.network(inputs)
@@ -507,6 +503,13 @@ def _find_slots(network: nn.Module) -> tuple[tuple[_Slot, ...], int]:
     return slots, starts[-1]
 
 
+def _refresh_recurrent(network: nn.Module) -> None:
+    # Recurrent layers hold their weights a second time, in a list that does not notice new ones.
+    for module in network.modules():
+        if isinstance(module, nn.RNNBase):
+            module._flat_weights = [getattr(module, name, None) for name in module._flat_weights_names]
+
+
 def _reinitialized(network: nn.Module) -> nn.Module:
     member = copy.deepcopy(network)
     reached: set[int] = set()
@@ -516,7 +519,9 @@ def _reinitialized(network: nn.Module) -> nn.Module:
             reset()
             reached.update(id(parameter) for parameter in module.parameters(recurse=False))
     missed = [
-        name for name, parameter in member.named_parameters() if parameter.requires_grad and id(parameter) not in reached
+        name
+        for name, parameter in member.named_parameters()
+        if parameter.requires_grad and id(parameter) not in reached
     ]
     if missed:
         raise ValueError(

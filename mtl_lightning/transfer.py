@@ -314,7 +314,9 @@ class AdvantageTransfer(TransferRule):
         self._average = relative
         near = self._neighborhood(context.preferences) > 0
         # The bound keeps sums finite where an objective is nearly zero; it is far above any sensitivity.
-        gain = torch.where(near & context.pairs, relative.clamp(min=0.0, max=1.0 / torch.finfo(relative.dtype).eps), 0.0)
+        gain = torch.where(
+            near & context.pairs, relative.clamp(min=0.0, max=1.0 / torch.finfo(relative.dtype).eps), 0.0
+        )
         return self.strength * gain / (gain.sum(dim=1, keepdim=True) + self.sensitivity)
 
     def reset(self, subproblems: Sequence[int] | None = None) -> None:
@@ -344,7 +346,9 @@ def check_matrix(matrix: Tensor, size: int, rule: TransferRule) -> None:
     if matrix.shape != (size, size):
         raise ValueError(f"{name} should return shape ({size}, {size}). Found {tuple(matrix.shape)}.")
     if not torch.isfinite(matrix).all() or (matrix < -1e-6).any():
-        raise ValueError(f"{name} should return finite, non-negative entries. Found {matrix.min().item():g} as the least.")
+        raise ValueError(
+            f"{name} should return finite, non-negative entries. Found {matrix.min().item():g} as the least."
+        )
     sums = matrix.sum(dim=1)
     if ((sums - 1.0).abs() > 1e-4).any():
         raise ValueError(f"The rows that {name} returns should sum to one. Found sums {sums.tolist()}.")
@@ -376,7 +380,9 @@ class _Neighborhood:
         points = preferences.double()
         distances = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist")
         distances = distances.fill_diagonal_(torch.inf)
-        reach = distances.sort(dim=1).values[:, min(self.num_neighbors, size - 1) - 1 : min(self.num_neighbors, size - 1)]
+        reach = distances.sort(dim=1).values[
+            :, min(self.num_neighbors, size - 1) - 1 : min(self.num_neighbors, size - 1)
+        ]
         near = distances <= reach * (1 + 1e-6) + 1e-12
         bandwidth = self.bandwidth or distances.min(dim=1).values.mean().clamp(min=1e-12)
         logits = (-0.5 * (distances / bandwidth).square()).masked_fill(~near, -torch.inf)

@@ -94,7 +94,9 @@ class MultiTaskModule(LightningModule):
 
         ``targets`` holds the tasks that have labels in this batch.
         """
-        return {task.name: task.loss(outputs[task.name], targets[task.name]) for task in self.tasks if task.name in targets}
+        return {
+            task.name: task.loss(outputs[task.name], targets[task.name]) for task in self.tasks if task.name in targets
+        }
 
     # ------------------------------------------------------------------------------------------------------ contract
 
@@ -144,10 +146,10 @@ class MultiTaskModule(LightningModule):
             "scheduler": self._lr_scheduler(optimizer),
             "interval": self._lr_scheduler_interval,
         }
-        if isinstance(scheduler["scheduler"], ReduceLROnPlateau):
-            if self._lr_scheduler_monitor is None:
-                raise ValueError("`ReduceLROnPlateau` needs `lr_scheduler_monitor`, the name of a logged metric. Found None.")
-            scheduler["monitor"] = self._lr_scheduler_monitor
+        if isinstance(scheduler["scheduler"], ReduceLROnPlateau) and self._lr_scheduler_monitor is None:
+            raise ValueError(
+                "`ReduceLROnPlateau` needs `lr_scheduler_monitor`, the name of a logged metric. Found None."
+            )
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
     def configure_callbacks(self) -> list[Any]:
@@ -174,21 +176,31 @@ class MultiTaskModule(LightningModule):
         return True
 
     def step_schedulers(self, interval: Literal["epoch", "step"]) -> None:
-        """Step the schedulers of this interval, each as often as its configuration says."""
+        """Step the schedulers of this interval, each as often as its configuration says; those that monitor wait."""
         count = self._steps if interval == "step" else self.current_epoch + 1
         for config in self.trainer.lr_scheduler_configs:
-            if config.interval != interval or count % config.frequency:
-                continue
-            if not isinstance(config.scheduler, ReduceLROnPlateau):
+            due = config.interval == interval and count % config.frequency == 0
+            if due and not isinstance(config.scheduler, ReduceLROnPlateau):
                 config.scheduler.step()
+
+    def _step_plateau_schedulers(self) -> None:
+        for config in self.trainer.lr_scheduler_configs:
+            if not isinstance(config.scheduler, ReduceLROnPlateau):
                 continue
-            value = self.trainer.callback_metrics.get(str(config.monitor))
+            value = self.trainer.callback_metrics.get(str(self._lr_scheduler_monitor))
             if value is None:
                 logged = ", ".join(sorted(self.trainer.callback_metrics)) or "none"
                 raise MisconfigurationException(
-                    f"`lr_scheduler_monitor` should name a logged metric. Found {config.monitor!r}; logged are: {logged}."
+                    "`lr_scheduler_monitor` should name a logged metric. "
+                    f"Found {self._lr_scheduler_monitor!r}; logged are: {logged}."
                 )
             config.scheduler.step(float(value))
+
+    def finish_batch(self) -> None:
+        """Count the batch; step the schedulers that go by epochs with the last one, before a checkpoint is written."""
+        self.batches_seen += 1
+        if self.trainer.is_last_batch:
+            self.step_schedulers("epoch")
 
     def on_fit_start(self) -> None:
         """Fix the seed of the run: that of ``seed_everything``, or a fresh one, the same on all ranks."""
@@ -200,9 +212,34 @@ class MultiTaskModule(LightningModule):
         assert self._seed is not None
         torch.manual_seed(_mixed(self._seed, self.batches_seen * self.trainer.world_size + self.global_rank))
 
+    def on_train_start(self) -> None:
+        """Make up for the validation of an epoch whose last batch was the last thing that the checkpoint saw.
+
+        Lightning takes such an epoch for finished, and would leave a gap in everything that is recorded per validation.
+        """
+        trainer = self.trainer
+        epochs, batches = trainer.fit_loop.epoch_progress.current, trainer.fit_loop.epoch_loop
+        at_the_end = batches.restarted_on_train_batch_end and batches.batch_progress.is_last_batch
+        every = trainer.check_val_every_n_epoch
+        if not (at_the_end and trainer.enable_validation and every and trainer.current_epoch % every == 0):
+            return
+        epochs.processed -= 1
+        epochs.completed -= 1
+        trainer.validating = True
+        batches.val_loop.run()
+        trainer.training = True
+        self.on_train_epoch_end()
+        epochs.processed += 1
+        epochs.completed += 1
+
     def on_train_epoch_end(self) -> None:
-        """Step the schedulers that go by epochs."""
-        self.step_schedulers("epoch")
+        """Step the schedulers that monitor a metric; the others have stepped with the last batch."""
+        self._step_plateau_schedulers()
+
+    def on_validation_model_zero_grad(self) -> None:
+        """Keep the gradients that are being accumulated when a validation comes between."""
+        if not self._accumulated:
+            super().on_validation_model_zero_grad()
 
     # --------------------------------------------------------------------------------------------------------- state
 

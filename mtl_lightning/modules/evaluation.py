@@ -31,11 +31,13 @@ class PopulationEvaluation(nn.Module):
         self.task_names = [task.name for task in tasks]
         self.register_buffer("sums", torch.zeros(size, len(tasks)), persistent=False)
         self.register_buffer("counts", torch.zeros(len(tasks)), persistent=False)
-        self.metrics = nn.ModuleDict({
-            f"{name}/{task.name}": nn.ModuleList(metric.clone() for _ in range(size))
-            for task in tasks
-            for name, metric in named_metrics(task).items()
-        })
+        self.metrics = nn.ModuleDict(
+            {
+                f"{name}/{task.name}": nn.ModuleList(metric.clone() for _ in range(size))
+                for task in tasks
+                for name, metric in named_metrics(task).items()
+            }
+        )
 
     def reset(self, size: int | None = None) -> None:
         """Forget everything; ``size`` is the number of subproblems from now on."""

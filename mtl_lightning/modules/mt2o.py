@@ -160,6 +160,7 @@ class MT2OModule(MultiTaskModule):
         self._frozen: tuple[int, ...] = ()
         self._loss_counts = [0] * len(self.tasks)
         self._matrix_checked = False
+        self._pending_gradient: Tensor | None = None
         self._final_values: Tensor | None = None
         self._final_metrics: dict[str, Tensor] = {}
         self._evaluation = PopulationEvaluation(self.tasks, size)
@@ -219,13 +220,19 @@ class MT2OModule(MultiTaskModule):
 
     # ------------------------------------------------------------------------------------------------------- training
 
+    def on_train_start(self) -> None:
+        """Take up the gradients that a checkpoint holds; Lightning zeroes gradients between loading and here."""
+        if self._pending_gradient is not None:
+            self.population.theta.grad = self._pending_gradient.to(self.population.theta)
+            self._pending_gradient = None
+        super().on_train_start()
+
     def training_step(self, batch: Any, batch_idx: int) -> None:
         """Do one step of MT2O."""
         inputs, targets = self.unpack_batch(batch)
         tasks = self.labelled_tasks(targets)
         self._heal()
         self._grow()
-        self.batches_seen += 1
         if tasks:
             losses = self._backward(inputs, targets, tasks)
             self._loss_sums[:, list(tasks)] += losses[:, list(tasks)]
@@ -239,6 +246,7 @@ class MT2OModule(MultiTaskModule):
             self._loss_counts = [0] * len(self.tasks)
             assert self.population.theta.grad is not None
             self.population.theta.grad.zero_()
+        self.finish_batch()
 
     def _backward(self, inputs: Any, targets: Mapping[str, Tensor], tasks: tuple[int, ...]) -> Tensor:
         """Add the gradients of all ``F_i`` at the unmixed parameters; return the task losses, ``(P, T)``."""
@@ -289,7 +297,8 @@ class MT2OModule(MultiTaskModule):
             self.population.clip_grad_norm_(self.gradient_clip_norm)
 
     def _transfer_matrix(self, losses: Tensor, tasks: tuple[int, ...]) -> Tensor | None:
-        due = self.batches_seen // self.transfer_every > self._transferred_at // self.transfer_every
+        batch = self.batches_seen + 1
+        due = batch // self.transfer_every > self._transferred_at // self.transfer_every
         if isinstance(self.transfer, NoTransfer) or self.population.size == 1 or not due:
             return None
         matrix: Tensor = self.transfer(
@@ -308,7 +317,7 @@ class MT2OModule(MultiTaskModule):
             check_matrix(matrix, self.population.size, self.transfer)
             self._matrix_checked = True
         self._transfers += 1
-        self._transferred_at = self.batches_seen
+        self._transferred_at = batch
         return matrix
 
     @property
@@ -385,7 +394,7 @@ class MT2OModule(MultiTaskModule):
             f"subproblem {index} with preference ({', '.join(f'{weight:.3g}' for weight in self._preferences[index])})"
             for index in failed
         )
-        report = f"Not finite after batch {self.batches_seen}: {names}."
+        report = f"Not finite after {self.batches_seen} batches: {names}."
         healthy = self._healthy.nonzero().flatten().tolist()
         if self.on_nonfinite == "raise" or not healthy:
             raise FloatingPointError(
@@ -524,8 +533,7 @@ class MT2OModule(MultiTaskModule):
         self._timed_size = state["timed_size"]
         if self.population.backend == "auto":
             self.population.active_backend = state["backend"]
-        if state["gradient"] is not None:
-            self.population.theta.grad = state["gradient"].to(self.population.theta)
+        self._pending_gradient = state["gradient"]
         self._final_values = state["objective_values"]
         self._final_metrics = state["metric_values"]
 

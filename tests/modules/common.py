@@ -1,0 +1,98 @@
+"""Small data, networks and runs for the tests of the modules."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from mtl_lightning.modules import MT2OModule
+from mtl_lightning.networks import MLP, MultiHeadNetwork
+from mtl_lightning.preferences import simplex_lattice
+from mtl_lightning.task import Task
+
+Item = tuple[Tensor, dict[str, Tensor]]
+
+
+class Pairs(Dataset[Item]):
+    """Two noisy linear targets of 6 features."""
+
+    def __init__(self, size: int = 40, num_features: int = 6, seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.inputs = torch.randn(size, num_features, generator=generator)
+        weights = torch.randn(2, num_features, 1, generator=generator)
+        noise = 0.1 * torch.randn(2, size, 1, generator=generator)
+        self.a, self.b = self.inputs @ weights + noise
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __getitem__(self, index: int) -> Item:
+        return self.inputs[index], {"a": self.a[index], "b": self.b[index]}
+
+
+def loader(size: int = 40, batch_size: int = 8, **arguments: Any) -> DataLoader[Item]:
+    return DataLoader(Pairs(size), batch_size=batch_size, **arguments)
+
+
+def network(seed: int = 0, hidden: int = 8, dropout: float = 0.0) -> MultiHeadNetwork:
+    torch.manual_seed(seed)
+    encoder: nn.Module = MLP(6, [hidden])
+    if dropout:
+        encoder = nn.Sequential(encoder, nn.BatchNorm1d(hidden), nn.Dropout(dropout))
+    return MultiHeadNetwork(encoder, {"a": nn.Linear(hidden, 1), "b": nn.Linear(hidden, 1)})
+
+
+def tasks() -> list[Task]:
+    return [Task("a", nn.MSELoss()), Task("b", nn.L1Loss())]
+
+
+def mt2o(**arguments: Any) -> MT2OModule:
+    defaults: dict[str, Any] = {
+        "network": network(),
+        "tasks": tasks(),
+        "preferences": simplex_lattice(num_tasks=2, num_divisions=3),
+        "optimizer": partial(torch.optim.SGD, lr=0.05),
+        "backend": "loop",
+    }
+    return MT2OModule(**(defaults | arguments))
+
+
+def trainer(callbacks: Sequence[Callback] = (), **arguments: Any) -> Trainer:
+    defaults: dict[str, Any] = {
+        "max_epochs": 1,
+        "accelerator": "cpu",
+        "devices": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+    }
+    return Trainer(callbacks=list(callbacks), **(defaults | arguments))
+
+
+def rows(module: MT2OModule) -> Tensor:
+    return module.population.theta.detach().clone()
+
+
+def flat(member: nn.Module) -> Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in member.parameters()])
+
+
+class SaveAfterEachBatch(Callback):
+    """Write a checkpoint after every batch."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.paths: list[Path] = []
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        self.paths.append(self.folder / f"batch-{len(self.paths)}.ckpt")
+        trainer.save_checkpoint(self.paths[-1])
