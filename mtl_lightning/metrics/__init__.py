@@ -1,1 +1,3 @@
 """Metrics of multi-objective learning, on torchmetrics."""
+
+from mtl_lightning.metrics.hypervolume import Hypervolume as Hypervolume
