@@ -1,7 +1,7 @@
 """The command line: ``mtl-lightning fit|validate|test|predict --config FILE``.
 
-It is a :class:`~lightning.pytorch.cli.LightningCLI`: any LightningModule and any LightningDataModule, with their networks,
-tasks, rules and callbacks, are named by class in the configuration.
+It is a :class:`~lightning.pytorch.cli.LightningCLI`: any LightningModule and any LightningDataModule, with their
+networks, tasks, rules and callbacks, are named by class in the configuration.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 
 class _Parser(LightningArgumentParser):
@@ -60,8 +60,8 @@ def main(args: Sequence[str] | None = None) -> None:
 def _one_line(message: str) -> str:
     lines = [line.strip(" -") for line in message.splitlines() if line.strip(" -")]
     if "Errors:" in lines:
-        # A union of types is reported with the failure of each member, the named class first and None last. Unions nest:
-        # what to read is the first failure of the innermost.
+        # A union of types is reported with the failure of each member, the named class first and None last. Unions
+        # nest: what to read is the first failure of the innermost.
         first = len(lines) - lines[::-1].index("Errors:")
         last = first + (2 if lines[first].endswith(":") else 1)
         lines = [*(line for line in lines[:1] if line.startswith("Parser key")), *lines[first:last]]

@@ -1,8 +1,8 @@
 """Growth: start with few subproblems and split them until every preference has its own.
 
-With a common start, neighbouring subproblems barely differ at first, so that training ``P`` of them wastes work. A growing
-population starts with one subproblem at the centre of the preferences and splits each into two children, which inherit the
-parameters, the buffers and the state of the optimiser: a transfer of mass one.
+With a common start, neighbouring subproblems barely differ at first, so that training ``P`` of them wastes work. A
+growing population starts with one subproblem at the centre of the preferences and splits each into two children, which
+inherit the parameters, the buffers and the state of the optimiser: a transfer of mass one.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class Stage(NamedTuple):
 class Growth:
     """Base of the growth schedules: a tree over the preferences, and when to go one level down.
 
-    The tree halves the preferences along their principal axis, again and again, until each is alone; a subproblem stands for
-    a part by the mean of its preferences. With ``P`` preferences there are ``ceil(log2 P) + 1`` stages.
+    The tree halves the preferences along their principal axis, again and again, until each is alone; a subproblem
+    stands for a part by the mean of its preferences. With ``P`` preferences there are ``ceil(log2 P) + 1`` stages.
     """
 
     def stages(self, preferences: Tensor) -> list[Stage]:
@@ -91,10 +91,12 @@ def _centres(preferences: Tensor, parts: Sequence[Sequence[int]]) -> Tensor:
 def _halves(preferences: Tensor, part: list[int]) -> list[list[int]]:
     if len(part) == 1:
         return [part]
+    # In an order of their own, so that neither rounding nor ties depend on the order of the preferences.
+    part = sorted(part, key=lambda index: (preferences[index].tolist(), index))
     points = preferences[part].double()
     axis = torch.linalg.svd(points - points.mean(dim=0), full_matrices=False).Vh[0]
     axis = axis * torch.sign(axis[axis.abs().argmax()])  # the sign of a singular vector is arbitrary
     along = (points @ axis).tolist()
-    ordered = sorted(range(len(part)), key=lambda place: (round(along[place], 9), part[place]))
+    ordered = sorted(range(len(part)), key=lambda place: (round(along[place], 9), place))
     middle = (len(part) + 1) // 2
     return [sorted(part[place] for place in ordered[:middle]), sorted(part[place] for place in ordered[middle:])]

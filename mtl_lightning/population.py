@@ -1,9 +1,9 @@
 """P copies of one network as the rows of one parameter matrix.
 
 The trainable parameters of all subproblems form ``theta``, shape ``(P, D)``: row ``i`` is the flattened network of
-subproblem ``i``. One optimiser then steps all of them at once, a transfer is one matrix product, and clipping is one norm
-along a dimension. What is not trained is not multiplied: parameters with ``requires_grad=False`` are held once. Buffers
-(batch-norm statistics, counters) are stacked, shape ``(P, ...)``.
+subproblem ``i``. One optimiser then steps all of them at once, a transfer is one matrix product, and clipping is one
+norm along a dimension. What is not trained is not multiplied: parameters with ``requires_grad=False`` are held once.
+Buffers (batch-norm statistics, counters) are stacked, shape ``(P, ...)``.
 """
 
 from __future__ import annotations
@@ -51,26 +51,28 @@ class Population(nn.Module):
         size: The number of subproblems ``P``.
         init: ``"common"``: all start from the network's parameters. ``"independent"``: each draws its own through the
             ``reset_parameters`` methods of the network's modules, from torch's global generator.
-        backend: ``"vmap"`` evaluates all subproblems in batched kernels. ``"loop"`` evaluates them one after another, with
-            a backward pass each, so that only one graph is alive. ``"auto"`` leaves the choice to
+        backend: ``"vmap"`` evaluates all subproblems in batched kernels. ``"loop"`` evaluates them one after another,
+            with a backward pass each, so that only one graph is alive. ``"auto"`` leaves the choice to
             :meth:`choose_backend`; until it is made the loop is used. Both give the same numbers, except for random
-            numbers drawn inside the network (dropout): these are independent across subproblems in both, but not the same.
-        chunk_size: With ``"vmap"``, how many subproblems share one graph and one backward pass. All by default; a smaller
-            number bounds the memory of activations.
+            numbers drawn inside the network (dropout): these are independent across subproblems in both, but not the
+            same.
+        chunk_size: With ``"vmap"``, how many subproblems share one graph and one backward pass. All by default; a
+            smaller number bounds the memory of activations.
 
     Attributes:
         theta: The trainable parameters, shape ``(P, D)``, zero-padded so that each parameter is aligned.
-        network: The structure, the frozen parameters and the stacked buffers. Without its trainable parameters it cannot be
-            called; use :meth:`member`.
+        network: The structure, the frozen parameters and the stacked buffers. Without its trainable parameters it
+            cannot be called; use :meth:`member`.
 
     Raises:
-        ValueError: If ``size`` or ``chunk_size`` is less than one, if nothing is trainable, or if ``init="independent"``
-            cannot reach every trainable parameter.
+        ValueError: If ``size`` or ``chunk_size`` is less than one, if nothing is trainable, or if
+            ``init="independent"`` cannot reach every trainable parameter.
         TypeError: If the trainable parameters differ in dtype or are not floating-point.
 
     Note:
-        Limits: the trainable parameters share one dtype, and one set of hyper-parameters in the optimiser. Tensors that a
-        network keeps as plain attributes are shared by all subproblems.
+        Limits: the trainable parameters share one dtype, and one set of hyper-parameters in the optimiser. Tensors
+        that a network keeps as plain attributes are shared by all subproblems. ``torch.utils.checkpoint`` inside the
+        network is not supported: it calls layers again when their parameters are no longer in place.
 
     Example:
         >>> import torch
@@ -114,11 +116,11 @@ class Population(nn.Module):
         self._vacate()
         self._stack_buffers(copies)
         self.theta = nn.Parameter(theta)
-        self._split_sizes = tuple(
+        self._split_sizes = [
             width
             for slot, stop in zip(self._slots, self._row_stops(), strict=True)
             for width in (slot.shape.numel(), stop - slot.stop)
-        )
+        ]
 
     # ------------------------------------------------------------------------------------------------ description
 
@@ -166,10 +168,11 @@ class Population(nn.Module):
             parameter = nn.Parameter(value)
             for owner, name in slot.owners:
                 memo[id(owner)]._parameters[name] = parameter
+        own: dict[int, Tensor] = {}
         for module in member.modules():
             for name, buffer in module._buffers.items():
                 if buffer is not None:
-                    module._buffers[name] = buffer[index].clone()
+                    module._buffers[name] = own.setdefault(id(buffer), buffer[index].clone())
         _refresh_recurrent(member)
         return member
 
@@ -208,8 +211,8 @@ class Population(nn.Module):
     ) -> Backend:
         """Time both backends on one batch and keep the faster; return its name.
 
-        Nothing changes but the choice: gradients, buffers and random state are put back. Does nothing unless ``backend`` is
-        ``"auto"``. A network that vmap cannot run falls to the loop, with a line in the log.
+        Nothing changes but the choice: gradients, buffers and random state are put back. Does nothing unless
+        ``backend`` is ``"auto"``. A network that vmap cannot run falls to the loop, with a line in the log.
         """
         if self.backend != "auto" or self.size == 1:
             self._chosen = "loop" if self.backend == "auto" else self.backend
@@ -219,8 +222,14 @@ class Population(nn.Module):
             self._chosen = backend
             try:
                 seconds[backend] = self._time(function, inputs, targets, per_subproblem)
-            except UnsupportedByVmapError as error:
-                _log.warning("vmap cannot run this network, so the loop is used: %s", error.__cause__)
+            except torch.OutOfMemoryError:
+                if backend == "loop":
+                    raise
+                _log.warning("vmap runs out of memory, so the loop is used; a `chunk_size` would bound it.")
+            except RuntimeError as error:  # in the forward or the backward pass, which the loop has just done
+                if backend == "loop":
+                    raise
+                _log.warning("vmap cannot run this network, so the loop is used: %s", error.__cause__ or error)
         self._chosen = min(seconds, key=seconds.__getitem__)
         _log.info(
             "Backend %r for %d subproblems (%s per forward and backward).",
@@ -234,7 +243,7 @@ class Population(nn.Module):
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
-        """Scale each row of ``theta.grad`` to a norm of at most ``max_norm``; return the norms before, shape ``(P,)``."""
+        """Scale rows of ``theta.grad`` to at most the norm ``max_norm``; return the norms before, shape ``(P,)``."""
         if self.theta.grad is None:
             return self.theta.new_zeros(self.size)
         norms = self.theta.grad.norm(dim=1)
@@ -270,12 +279,15 @@ class Population(nn.Module):
         mixing = mixing.masked_fill(~healthy.unsqueeze(1), 0.0)
         for name, buffer in self.network.named_buffers():
             if buffer.is_floating_point() and (patterns is None or _matches(name, patterns)):
-                rows = buffer.view(self.size, -1)
-                finite = rows.masked_fill(~healthy.unsqueeze(1), 0.0)
+                rows = buffer.view(self.size, buffer[0].numel())
+                # Infinite entries are constants, such as those of attention masks, and stay.
+                finite = rows.masked_fill(~(healthy.unsqueeze(1) & rows.isfinite()), 0.0)
                 rows.add_(mixing.to(rows.dtype) @ finite)
 
     def columns(self, patterns: Sequence[str] | None = None) -> list[slice]:
         """Return the columns of ``theta`` whose parameter names match one of the shell patterns; all for ``None``.
+
+        A tied parameter goes by its first name.
 
         Raises:
             ValueError: If a pattern matches no parameter and no buffer.
@@ -308,6 +320,7 @@ class Population(nn.Module):
         for slot in self._slots:
             for owner, name in slot.owners:
                 owner._parameters[name] = None
+        _refresh_recurrent(self.network)
 
     def _row_stops(self) -> list[int]:
         return [*(slot.start for slot in self._slots[1:]), self._num_columns]
@@ -322,11 +335,14 @@ class Population(nn.Module):
 
     def _stack_buffers(self, copies: Sequence[nn.Module]) -> None:
         values = [dict(member.named_buffers(remove_duplicate=False)) for member in copies]
+        stacked: dict[int, tuple[Tensor, Tensor]] = {}
         for path, module in self.network.named_modules():
             for name, buffer in module._buffers.items():
                 if buffer is not None:
                     key = f"{path}.{name}" if path else name
-                    module._buffers[name] = torch.stack([member[key] for member in values])
+                    if id(buffer) not in stacked:  # several modules may hold one buffer
+                        stacked[id(buffer)] = (buffer, torch.stack([member[key] for member in values]))
+                    module._buffers[name] = stacked[id(buffer)][1]
 
     def _buffer_slots(self) -> list[tuple[nn.Module, str, Tensor]]:
         return [
@@ -338,13 +354,13 @@ class Population(nn.Module):
 
     def _call(self, row: Tensor, buffers: Sequence[Tensor], inputs: Any) -> tuple[Any, list[Tensor]]:
         """Return the output of the network with one row as its parameters, and its buffers afterwards."""
-        slots = self._buffer_slots()
-        pieces = row.split(self._split_sizes)[::2]  # every second piece is padding
+        slots, absent = self._buffer_slots(), self._absent_buffers()
+        pieces = torch.split(row, self._split_sizes)[::2]  # every second piece is padding
         try:
             for slot, piece in zip(self._slots, pieces, strict=True):
                 value = piece.view(slot.shape)
                 for owner, name in slot.owners:
-                    owner._parameters[name] = value  # type: ignore[assignment]  # as torch.func.functional_call does
+                    owner._parameters[name] = value  # type: ignore[assignment]  # as in torch.func
             _refresh_recurrent(self.network)
             for (module, name, _), buffer in zip(slots, buffers, strict=True):
                 module._buffers[name] = buffer
@@ -355,6 +371,16 @@ class Population(nn.Module):
             self._vacate()
             for module, name, stacked in slots:
                 module._buffers[name] = stacked
+            for module, name in absent:  # what a forward pass caches there belongs to one subproblem
+                module._buffers[name] = None
+
+    def _absent_buffers(self) -> list[tuple[nn.Module, str]]:
+        return [
+            (module, name)
+            for module in self.network.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is None
+        ]
 
     def _run(
         self,
@@ -365,15 +391,16 @@ class Population(nn.Module):
         targets: Any,
         per_subproblem: bool,
     ) -> Any:
-        buffers = [buffer[members] for _, _, buffer in self._buffer_slots()]
+        slots = self._buffer_slots()
+        buffers = [buffer[members] for _, _, buffer in slots]
 
         def one(row: Tensor, own: Sequence[Tensor], inputs: Any, targets: Any) -> tuple[Any, list[Tensor]]:
             outputs, updated = self._call(row, own, inputs)
             return function(outputs, targets), updated
 
         if self._chosen == "vmap":
-            batched = 0 if per_subproblem else None
-            in_dims = (0, 0 if buffers else None, batched, batched if targets is not None else None)
+            batched = _dimensions((inputs, targets)) if per_subproblem else (None, None)
+            in_dims = (0, 0 if buffers else None, *batched)
             try:
                 results, updated = torch.vmap(one, in_dims=in_dims, randomness="different")(
                     rows, buffers, inputs, targets
@@ -383,9 +410,9 @@ class Population(nn.Module):
             except (RuntimeError, ValueError, NotImplementedError) as error:
                 self._explain_vmap(error)
                 raise
-            for buffer, new in zip(buffers, updated, strict=True):
+            for (module, name, _), buffer, new in zip(slots, buffers, updated, strict=True):
                 if new.data_ptr() != buffer.data_ptr():
-                    buffer.copy_(new.detach())
+                    _replace_rows(module, name, members, new)
             return results
 
         collected = []
@@ -393,11 +420,11 @@ class Population(nn.Module):
             own = [buffer[index] for buffer in buffers]
             mine, target = inputs, targets
             if per_subproblem:
-                mine, target = pytree.tree_map(lambda tensor, index=index: tensor[index], (inputs, targets))
+                mine, target = _sliced((inputs, targets), index)
             result, updated = one(row, own, mine, target)
-            for buffer, new in zip(own, updated, strict=True):
+            for (module, name, _), buffer, new in zip(slots, own, updated, strict=True):
                 if new is not buffer:
-                    buffer.copy_(new.detach())
+                    _replace_rows(module, name, range(self.size)[members][index], new)
             collected.append(result)
         return pytree.tree_map(lambda *results: torch.stack(results), *collected)
 
@@ -455,7 +482,7 @@ class Chunk:
     ) -> Any:
         """Return ``function(network(inputs), targets)`` of these subproblems, stacked; see ``Population.evaluate``."""
         if per_subproblem:
-            inputs, targets = pytree.tree_map(lambda tensor: tensor[self.members], (inputs, targets))
+            inputs, targets = _sliced((inputs, targets), self.members)
         return self._population._run(self._rows, self.members, function, inputs, targets, per_subproblem)
 
 
@@ -467,8 +494,25 @@ class UnsupportedByVmapError(RuntimeError):
     """The network does something that ``torch.vmap`` cannot batch."""
 
 
+def _replace_rows(module: nn.Module, name: str, rows: int | slice, new: Tensor) -> None:
+    # The old tensor is not written to: the graph may need it.
+    buffer = module._buffers[name]
+    assert buffer is not None
+    buffer = buffer.clone()
+    buffer[rows] = new.detach()
+    module._buffers[name] = buffer
+
+
 def _identity(outputs: Any, _: Any) -> Any:
     return outputs
+
+
+def _sliced(tree: Any, index: int | slice) -> Any:
+    return pytree.tree_map_only(Tensor, lambda tensor: tensor[index], tree)
+
+
+def _dimensions(tree: Any) -> Any:
+    return pytree.tree_map(lambda leaf: 0 if isinstance(leaf, Tensor) else None, tree)
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
@@ -515,7 +559,7 @@ def _reinitialized(network: nn.Module) -> nn.Module:
     reached: set[int] = set()
     for module in reversed(list(member.modules())):  # children first: a parent has the last word on them
         reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
-        if callable(reset):
+        if callable(reset) and any(parameter.requires_grad for parameter in module.parameters()):
             reset()
             reached.update(id(parameter) for parameter in module.parameters(recurse=False))
     missed = [

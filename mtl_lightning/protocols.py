@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 from torch import Tensor
 
 
-@runtime_checkable
 class PopulationProtocol(Protocol):
     """A LightningModule that trains ``P`` models, one per preference vector, on ``T`` tasks.
 

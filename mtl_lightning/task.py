@@ -55,15 +55,16 @@ class Task:
     def has_labels(self, target: Tensor) -> Tensor:
         """Return whether any element of ``target`` is a label, as a bool tensor of shape ``()``.
 
-        An element is missing if it is NaN, or if it equals the ``ignore_index`` of the loss and is an integer. Without
-        any label a task takes no part in the batch. Override it for another convention.
+        An element is missing if it is NaN, or if it is an integer and equals the attribute ``ignore_index`` of the
+        loss. Without any label a task takes no part in the batch. Override it for another convention, such as that of
+        a loss function, which has no attributes.
         """
         if target.is_floating_point():
             return (~target.isnan()).any()
         ignore_index = getattr(self.loss, "ignore_index", None)
         if ignore_index is None:
             return torch.tensor(target.numel() > 0, device=target.device)
-        return (target != ignore_index).any()
+        return (target.long() != ignore_index).any()  # unsigned integers wrap around at a negative index
 
     def __repr__(self) -> str:
         return f"Task({self.name!r}, {self.loss})"

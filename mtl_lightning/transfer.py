@@ -1,13 +1,13 @@
 """Transfer rules: who gives how much of its parameters to whom.
 
-In every step of MT2O the parameters of the ``P`` subproblems are mixed by a matrix ``M``, shape ``(P, P)``, whose rows are
-non-negative and sum to one: ``theta_i <- sum_j m_ij theta_j + Delta_i``, where ``Delta_i`` is the step of the optimiser. A
-rule returns ``M``.
+In every step of MT2O the parameters of the ``P`` subproblems are mixed by a matrix ``M``, shape ``(P, P)``, whose rows
+are non-negative and sum to one: ``theta_i <- sum_j m_ij theta_j + Delta_i``, where ``Delta_i`` is the step of the
+optimiser. A rule returns ``M``.
 
 What is known of mixing: constant mass biases every subproblem towards its neighbours (for a ``mu``-strongly convex
-objective and step size ``alpha`` by at most ``m D / (alpha mu)``, with ``m`` the mass received and ``D`` the distance of
-the optima), so the mass has to vanish, and under SGD faster than the step size. The paper's own choice of coefficients is
-not known to the authors of this library; none of these rules is presented as the paper's.
+objective and step size ``alpha`` by at most ``m D / (alpha mu)``, with ``m`` the mass received and ``D`` the distance
+of the optima), so the mass has to vanish, and under SGD faster than the step size. The paper's own choice of
+coefficients is not known to the authors of this library; none of these rules is presented as the paper's.
 
 References:
     L. Bai, A. Gupta, Y.-S. Ong, "Multi-Task Learning with Multi-Task Optimization", arXiv 2403.16162.
@@ -32,8 +32,8 @@ class TransferContext:
 
     Attributes:
         preferences: The preference vectors, shape ``(P, T)``.
-        losses: The task losses of each subproblem on the batch, shape ``(P, T)``, float32, equal on all ranks. Columns of
-            tasks without labels in the batch hold NaN.
+        losses: The task losses of each subproblem on the batch, shape ``(P, T)``, float32, equal on all ranks. Columns
+            of tasks without labels in the batch hold NaN.
         parameters: The flattened trainable parameters, shape ``(P, D)``.
         step: How many transfers there have been.
         learning_rate: The learning rate of the optimiser.
@@ -85,7 +85,8 @@ class TransferContext:
         """Euclidean distances between the parameters of subproblems, shape ``(P, P)``."""
         # Not through matrix products: they lose all digits between copies that have hardly moved apart.
         rows = self.parameters.detach().float().nan_to_num(0.0, 0.0, 0.0)
-        return torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist")
+        distances = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist")
+        return distances.nan_to_num(posinf=torch.finfo(distances.dtype).max)  # a diverging subproblem is far away
 
     @cached_property
     def objectives(self) -> Tensor:
@@ -116,7 +117,7 @@ class TransferRule(nn.Module):
     def forward(self, context: TransferContext) -> Tensor:
         """Return the transfer matrix ``M``, shape ``(P, P)``: non-negative, rows sum to one."""
         given = torch.where(context.pairs, self.received(context), 0.0)
-        return given + torch.diag(1.0 - given.sum(dim=1))
+        return given + torch.diag((1.0 - given.sum(dim=1)).clamp(min=0.0))  # a sum of one may be rounded up
 
     def reset(self, subproblems: Sequence[int] | None = None) -> None:
         """Forget what was measured on these subproblems, or on all: they have been replaced."""
@@ -140,8 +141,8 @@ class NoTransfer(TransferRule):
 class NeighborTransfer(TransferRule):
     """Mixing with the subproblems of similar preference, with a mass that fades.
 
-    ``m_ij = strength * decay^t * R_ij`` for ``j != i``, with ``R_ij`` proportional to ``exp(-|w_i - w_j|^2 / 2 h^2)`` over the
-    nearest preference vectors of ``w_i``, and the rows of ``R`` summing to one.
+    ``m_ij = strength * decay^t * R_ij`` for ``j != i``, with ``R_ij`` proportional to ``exp(-|w_i - w_j|^2 / 2 h^2)``
+    over the nearest preference vectors of ``w_i``, and the rows of ``R`` summing to one.
 
     Args:
         strength: The mass received in the first transfer, in [0, 1].
@@ -167,7 +168,7 @@ class NeighborTransfer(TransferRule):
     ) -> None:
         super().__init__()
         self.strength = _in_range("strength", strength, 0.0, 1.0)
-        self.decay = _in_range("decay", decay, 0.0, 1.0)
+        self.decay = _in_range("decay", decay, torch.finfo(torch.float32).tiny, 1.0)
         self._neighborhood = _Neighborhood(num_neighbors, bandwidth)
 
     def received(self, context: TransferContext) -> Tensor:
@@ -178,8 +179,8 @@ class NeighborTransfer(TransferRule):
 class ProportionalTransfer(TransferRule):
     """Mixing with neighbours, with a mass proportional to the learning rate: ``m_ij = min(rate * lr, 1) * R_ij``.
 
-    With SGD it equals a fixed regulariser: the gradient step on ``rate / 2 * sum_j R_ij |theta_i - theta_j|^2`` with the
-    others held. It therefore biases as long as it acts, unless the learning rate is scheduled faster to zero.
+    With SGD it equals a fixed regulariser: the gradient step on ``rate / 2 * sum_j R_ij |theta_i - theta_j|^2`` with
+    the others held. It therefore biases as long as it acts, unless the learning rate is scheduled faster to zero.
 
     Args:
         rate: The strength of the regulariser, at least 0.
@@ -190,12 +191,13 @@ class ProportionalTransfer(TransferRule):
         ValueError: If an argument is out of range.
 
     References:
-        L. Bai, Y.-S. Ong, T. He, A. Gupta, "Multi-task gradient descent for multi-task learning", Memetic Computing 2020.
+        L. Bai, Y.-S. Ong, T. He, A. Gupta, "Multi-task gradient descent for multi-task learning", Memetic Computing
+        2020.
     """
 
     def __init__(self, rate: float = 1.0, num_neighbors: int = 2, bandwidth: float | None = None) -> None:
         super().__init__()
-        self.rate = _in_range("rate", rate, 0.0, float("inf"))
+        self.rate = _in_range("rate", rate, 0.0, torch.finfo(torch.float32).max)
         self._neighborhood = _Neighborhood(num_neighbors, bandwidth)
 
     def received(self, context: TransferContext) -> Tensor:
@@ -207,10 +209,10 @@ class DistanceTransfer(TransferRule):
     """Receiving from those one has come closer to.
 
     With ``D_ij(t)`` the distance of the parameters: ``raw_ij = max(0, D_ij(t-1) - D_ij(t))`` and
-    ``m_ij = raw_ij / (sum_k raw_ik + D_i(0))``, where ``D_i(0) = sum_k D_ik(0)``. Two guards were found necessary: from a
-    common start ``D(0)`` is zero and the rule unstable, and under gradient noise some distances always shrink, so that it
-    never switches off. ``D_i(0)`` is therefore at least ``floor * (P - 1) * |theta|`` with ``|theta|`` the mean norm of
-    the parameters, and the mass received is at most ``cap * decay^t``.
+    ``m_ij = raw_ij / (sum_k raw_ik + D_i(0))``, where ``D_i(0) = sum_k D_ik(0)``. Two guards were found necessary:
+    from a common start ``D(0)`` is zero and the rule unstable, and under gradient noise some distances always shrink,
+    so that it never switches off. ``D_i(0)`` is therefore at least ``floor * (P - 1) * |theta|`` with ``|theta|`` the
+    mean norm of the parameters, and the mass received is at most ``cap * decay^t``.
 
     Args:
         cap: The largest mass received in the first transfer, in [0, 1].
@@ -221,14 +223,14 @@ class DistanceTransfer(TransferRule):
         ValueError: If an argument is out of range.
 
     References:
-        L. Bai, Y.-S. Ong, T. He, A. Gupta, "Multi-task gradient descent for multi-task learning", Memetic Computing 2020,
-        for the rule; the guards are this library's.
+        L. Bai, Y.-S. Ong, T. He, A. Gupta, "Multi-task gradient descent for multi-task learning", Memetic Computing
+        2020, for the rule; the guards are this library's.
     """
 
     def __init__(self, cap: float = 0.5, decay: float = 0.999, floor: float = 1e-2) -> None:
         super().__init__()
         self.cap = _in_range("cap", cap, 0.0, 1.0)
-        self.decay = _in_range("decay", decay, 0.0, 1.0)
+        self.decay = _in_range("decay", decay, torch.finfo(torch.float32).tiny, 1.0)
         self.floor = _in_range("floor", floor, 0.0, float("inf"))
         self._initial: Tensor | None = None
         self._previous: Tensor | None = None
@@ -238,6 +240,7 @@ class DistanceTransfer(TransferRule):
         distances = context.distances
         if self._initial is None or self._previous is None:
             norms = context.parameters.detach().float().nan_to_num(0.0, 0.0, 0.0).norm(dim=1)
+            norms = norms.clamp(max=torch.finfo(norms.dtype).max / len(norms))  # the norm of huge parameters overflows
             least = self.floor * (len(norms) - 1) * norms.mean()
             self._initial = distances.sum(dim=1).clamp(min=least)
             self._previous = distances
@@ -268,10 +271,11 @@ class DistanceTransfer(TransferRule):
 class AdvantageTransfer(TransferRule):
     """Receiving from those neighbours whose model serves my preference better than my own.
 
-    ``F_i(theta_j)`` is known for all pairs, because every subproblem's task losses on the batch are. With the relative
-    advantage ``A_ij = max(0, F_i(theta_i) - F_i(theta_j)) / |F_i(theta_i)|`` over the neighbours of ``i``, smoothed over
-    batches, ``m_ij = strength * A_ij / (sum_k A_ik + sensitivity)``. Where each model is the best for its own preference the
-    mass is zero, so the rule switches off by itself, as far as the noise of ``F_i(theta_i) - F_i(theta_j)`` allows.
+    ``F_i(theta_j)`` is known for all pairs, because every subproblem's task losses on the batch are. With ``A_ij`` the
+    positive part of the relative advantage ``(F_i(theta_i) - F_i(theta_j)) / |F_i(theta_i)|``, smoothed over batches,
+    ``m_ij = strength * A_ij / (sum_k A_ik + sensitivity)`` over the neighbours of ``i``. Where each model is the best
+    for its own preference the mass is zero, so the rule switches off by itself, as far as the noise of
+    ``F_i(theta_i) - F_i(theta_j)`` allows.
 
     Args:
         strength: The largest mass received, in [0, 1].
@@ -308,15 +312,14 @@ class AdvantageTransfer(TransferRule):
         objectives = context.objectives
         own = objectives.diagonal().unsqueeze(1)
         relative = (own - objectives) / own.abs().clamp(min=torch.finfo(objectives.dtype).tiny)
-        relative = torch.where(context.pairs, relative, 0.0)
+        # The bound keeps sums finite where an objective is nearly zero; it is far above any sensitivity.
+        bound = 1.0 / torch.finfo(relative.dtype).eps
+        relative = torch.where(context.pairs, relative, 0.0).clamp(min=-bound, max=bound)
         if self._average is not None:
             relative = torch.lerp(relative, self._average.to(relative.device), self.smoothing)
         self._average = relative
-        near = self._neighborhood(context.preferences) > 0
-        # The bound keeps sums finite where an objective is nearly zero; it is far above any sensitivity.
-        gain = torch.where(
-            near & context.pairs, relative.clamp(min=0.0, max=1.0 / torch.finfo(relative.dtype).eps), 0.0
-        )
+        near = self._neighborhood.near(context.preferences)
+        gain = torch.where(near & context.pairs, relative.clamp(min=0.0), 0.0)
         return self.strength * gain / (gain.sum(dim=1, keepdim=True) + self.sensitivity)
 
     def reset(self, subproblems: Sequence[int] | None = None) -> None:
@@ -366,17 +369,28 @@ class _Neighborhood:
         self.bandwidth = bandwidth
         self._preferences: Tensor | None = None
         self._weights = torch.empty(0, 0)
+        self._near = torch.empty(0, 0, dtype=torch.bool)
 
     def __call__(self, preferences: Tensor) -> Tensor:
-        if self._preferences is not preferences:
-            self._weights = self._compute(preferences)
-            self._preferences = preferences
+        """Return the weights, shape ``(P, P)``."""
+        self._update(preferences)
         return self._weights
 
-    def _compute(self, preferences: Tensor) -> Tensor:
+    def near(self, preferences: Tensor) -> Tensor:
+        """Return which subproblems are neighbours, whose weights may underflow; shape ``(P, P)``, bool."""
+        self._update(preferences)
+        return self._near
+
+    def _update(self, preferences: Tensor) -> None:
+        if self._preferences is not preferences:
+            self._weights, self._near = self._compute(preferences)
+            self._preferences = preferences
+
+    def _compute(self, preferences: Tensor) -> tuple[Tensor, Tensor]:
         size = len(preferences)
         if size == 1:
-            return torch.zeros(1, 1, dtype=preferences.dtype, device=preferences.device)
+            weights = torch.zeros(1, 1, dtype=preferences.dtype, device=preferences.device)
+            return weights, weights > 0
         points = preferences.double()
         distances = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist")
         distances = distances.fill_diagonal_(torch.inf)
@@ -386,7 +400,7 @@ class _Neighborhood:
         near = distances <= reach * (1 + 1e-6) + 1e-12
         bandwidth = self.bandwidth or distances.min(dim=1).values.mean().clamp(min=1e-12)
         logits = (-0.5 * (distances / bandwidth).square()).masked_fill(~near, -torch.inf)
-        return logits.softmax(dim=1).to(preferences.dtype)
+        return logits.softmax(dim=1).to(preferences.dtype), near
 
 
 def _capped(shares: Tensor, cap: float) -> Tensor:

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
@@ -22,9 +22,9 @@ LRSchedulerCallable = Callable[[Optimizer], LRScheduler | ReduceLROnPlateau]
 class MultiTaskModule(LightningModule):
     """Base of the multi-task modules, with manual optimisation.
 
-    A batch is ``(inputs, targets)`` with a dict of targets, task name to tensor; override :meth:`unpack_batch` for another
-    form. A network maps inputs to a dict of predictions, task name to tensor; override :meth:`task_losses` where the loss of
-    a task needs more than its own prediction and target.
+    A batch is ``(inputs, targets)`` with a dict of targets, task name to tensor; override :meth:`unpack_batch` for
+    another form. A network maps inputs to a dict of predictions, task name to tensor; override :meth:`task_losses`
+    where the loss of a task needs more than its own prediction and target.
 
     Args:
         tasks: At least two tasks with different names.
@@ -33,16 +33,16 @@ class MultiTaskModule(LightningModule):
         lr_scheduler_interval: Whether it is stepped after each epoch or after each optimiser step.
         lr_scheduler_monitor: The logged metric that ``ReduceLROnPlateau`` reads at the end of an epoch.
         gradient_clip_norm: The largest norm of a gradient; none by default.
-        accumulate_batches: Over how many batches gradients are averaged before a step. The last batch of an epoch always
-            steps, as in Lightning.
+        accumulate_batches: Over how many batches gradients are averaged before a step. The last batch of an epoch
+            always steps, as in Lightning.
 
     Raises:
         ValueError: If the tasks are fewer than two or share a name, or a number is out of range.
 
     Note:
         Lightning refuses ``Trainer(gradient_clip_val=...)`` and ``Trainer(accumulate_grad_batches=...)`` in manual
-        optimisation; the two arguments above take their place. Random numbers drawn within a batch (dropout) depend on the
-        seed, the batch and the rank alone, so that a run resumed after any batch equals the uninterrupted one.
+        optimisation; the two arguments above take their place. Random numbers drawn within a batch (dropout) depend on
+        the seed, the batch and the rank alone, so that a run resumed after any batch equals the uninterrupted one.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class MultiTaskModule(LightningModule):
         return tuple(task.name for task in self.tasks)
 
     def loss_vector(self, outputs: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> Tensor:
-        """Return the losses of the tasks in ``targets``, checked, in the order of the tasks; float32, shape ``(T',)``."""
+        """Return the losses of the tasks in ``targets``, checked, in the order of the tasks; float32, ``(T',)``."""
         if not isinstance(outputs, Mapping):
             raise UserInputError(
                 f"The network should return a dict, task name to prediction. Found {type(outputs).__name__}."
@@ -124,7 +124,7 @@ class MultiTaskModule(LightningModule):
         return torch.stack([losses[name].float() for name in names])
 
     def labelled_tasks(self, targets: Mapping[str, Tensor]) -> tuple[int, ...]:
-        """Return the indices of the tasks with at least one label in the batch. Reads values: one wait for the device."""
+        """Return the indices of the tasks with a label in the batch. It reads values: one wait for the device."""
         if not isinstance(targets, Mapping):
             raise UserInputError(f"The targets should be a dict, task name to tensor. Found {type(targets).__name__}.")
         _check_names("The targets", targets, self.task_names)
@@ -218,7 +218,8 @@ class MultiTaskModule(LightningModule):
         Lightning takes such an epoch for finished, and would leave a gap in everything that is recorded per validation.
         """
         trainer = self.trainer
-        epochs, batches = trainer.fit_loop.epoch_progress.current, trainer.fit_loop.epoch_loop
+        epochs: Any = trainer.fit_loop.epoch_progress.current
+        batches = trainer.fit_loop.epoch_loop
         at_the_end = batches.restarted_on_train_batch_end and batches.batch_progress.is_last_batch
         every = trainer.check_val_every_n_epoch
         if not (at_the_end and trainer.enable_validation and every and trainer.current_epoch % every == 0):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +16,8 @@ from mtl_lightning.task import Task
 class PopulationEvaluation(nn.Module):
     """Mean loss and metrics of each of ``P`` subproblems on each of ``T`` tasks.
 
-    Means are over samples, so that batches of unequal size and unequal ranks count as they should. A batch without labels of
-    a task does not count for that task.
+    Means are over samples, so that batches of unequal size and unequal ranks count as they should. A batch without
+    labels of a task does not count for that task.
 
     Args:
         tasks: The tasks; their metrics are cloned for each subproblem.
@@ -44,12 +45,11 @@ class PopulationEvaluation(nn.Module):
         rows = len(self.sums) if size is None else size
         self.sums = self.sums.new_zeros(rows, len(self.task_names))
         self.counts.zero_()
-        for key, metrics in self.metrics.items():
-            assert isinstance(metrics, nn.ModuleList)
-            while len(metrics) < rows:
-                metrics.append(metrics[0].clone())  # type: ignore[operator]
-            self.metrics[key] = metrics[:rows]
-            for metric in self.metrics[key]:  # type: ignore[attr-defined]
+        for key, metrics in self._named():
+            clones = [metrics[0].clone() for _ in range(len(metrics), rows)]
+            self.metrics[key] = nn.ModuleList([*metrics[:rows], *clones])
+        for _, metrics in self._named():
+            for metric in metrics:
                 metric.reset()
 
     def update(
@@ -72,10 +72,11 @@ class PopulationEvaluation(nn.Module):
             samples = len(target) if target.ndim else 1
             self.sums[:, task] += samples * losses[:, column]
             self.counts[task] += samples
-        for key, metrics in self.metrics.items():
-            name = key.split("/")[1]
-            if self.task_names.index(name) in tasks:
-                for index, metric in enumerate(metrics):  # type: ignore[arg-type]
+        present = {self.task_names[task] for task in tasks}
+        for key, metrics in self._named():
+            name = key.rsplit("/", 1)[1]
+            if name in present:
+                for index, metric in enumerate(metrics):
                     metric.update(outputs[name][index], targets[name])
 
     def compute(self, reduce: Callable[[Tensor], Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -88,13 +89,16 @@ class PopulationEvaluation(nn.Module):
         losses = reduce(self.sums.clone()) / counts
         failed = ~losses[:, counts > 0].isfinite().all(dim=1)
         values = {}
-        for key, metrics in self.metrics.items():
-            results = [metric.compute() for metric in metrics]  # type: ignore[union-attr]
+        for key, metrics in self._named():
+            results = [metric.compute() for metric in metrics]
             if not all(isinstance(result, Tensor) and result.ndim == 0 for result in results):
                 raise ValueError(f"The metric {key!r} should compute a scalar. Found {results[0]!r}.")
             values[key] = torch.stack(results).float()
         # A class decided by comparing NaN is no result, although a metric may count it.
         return losses, {key: value.masked_fill(failed, torch.nan) for key, value in values.items()}
+
+    def _named(self) -> list[tuple[str, list[Metric]]]:
+        return [(key, list(cast("nn.ModuleList", metrics))) for key, metrics in self.metrics.items()]  # type: ignore[arg-type]
 
 
 def named_metrics(task: Task) -> dict[str, Metric]:

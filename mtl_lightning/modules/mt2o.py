@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
@@ -30,18 +30,20 @@ class MT2OModule(MultiTaskModule):
 
         ``theta_i <- sum_j m_ij theta_j + Delta_i,    m_ij >= 0,  sum_j m_ij = 1``
 
-    with gradients taken at the unmixed ``theta_i`` and ``Delta_i`` what the optimiser would add, so that the transfer is
-    decoupled from momentum and moments. One run yields ``P`` models spread along the Pareto front.
+    with gradients taken at the unmixed ``theta_i`` and ``Delta_i`` what the optimiser would add, so that the transfer
+    is decoupled from momentum and moments. One run yields ``P`` models spread along the Pareto front.
 
     Args:
         network: Maps inputs to a dict of predictions, task name to tensor. Its state is copied.
         tasks: The ``T >= 2`` tasks.
         preferences: One preference vector per subproblem, shape ``(P, T)``, on the simplex.
-        optimizer: From parameters to an element-wise optimiser, such as ``functools.partial(torch.optim.Adam, lr=1e-3)``.
-        scalarization: ``s``; :class:`~mtl_lightning.scalarization.Linear` by default, which cannot reach the concave parts
-            of a front; the Chebyshev family can.
+        optimizer: From parameters to an element-wise optimiser, such as
+            ``functools.partial(torch.optim.Adam, lr=1e-3)``.
+        scalarization: ``s``; :class:`~mtl_lightning.scalarization.Linear` by default, which cannot reach the concave
+            parts of a front; the Chebyshev family can.
         transfer: Gives ``M``; :class:`~mtl_lightning.transfer.NeighborTransfer` by default.
-        growth: Start with fewer subproblems and split them; see :mod:`mtl_lightning.growth`. All from the start by default.
+        growth: Start with fewer subproblems and split them; see :mod:`mtl_lightning.growth`. All from the start by
+            default.
         lr_scheduler: From the optimiser to a scheduler.
         lr_scheduler_interval: Whether it is stepped after each epoch or after each optimiser step.
         lr_scheduler_monitor: The logged metric that ``ReduceLROnPlateau`` reads.
@@ -51,12 +53,13 @@ class MT2OModule(MultiTaskModule):
         transfer_parameters: Shell patterns (``"encoder.*"``) of the parameters and buffers that are transferred; all by
             default.
         init: ``"common"``, or ``"independent"`` through ``reset_parameters``.
-        batches: ``"shared"``: every subproblem sees the whole batch. ``"independent"``: each sees its own slice of it, so that
-            mixing averages gradient noise; make the batch ``P`` times larger. What remains of a batch when it is divided by
-            the number of subproblems is left out.
-        on_nonfinite: What becomes of a subproblem whose loss, gradient or parameters are not finite. It is left out of every
-            transfer and its gradient is dropped at once. At the next batch: ``"reseed"`` copies its nearest healthy
-            neighbour, with the state of the optimiser; ``"freeze"`` trains it no further; ``"raise"`` stops the run.
+        batches: ``"shared"``: every subproblem sees the whole batch. ``"independent"``: each sees its own slice of it,
+            so that mixing averages gradient noise; make the batch ``P`` times larger. What remains of a batch when it
+            is divided by the number of subproblems is left out.
+        on_nonfinite: What becomes of a subproblem whose loss, gradient or parameters are not finite. It is left out of
+            every transfer and its gradient is dropped at once. At the next batch: ``"reseed"`` copies its nearest
+            healthy neighbour, with the state of the optimiser; ``"freeze"`` trains it no further; ``"raise"`` stops
+            the run.
         backend: ``"vmap"``, ``"loop"``, or ``"auto"``, which times both on the first batch; see
             :class:`~mtl_lightning.population.Population`.
         chunk_size: How many subproblems share one backward pass under vmap.
@@ -65,16 +68,17 @@ class MT2OModule(MultiTaskModule):
         population: The subproblems, a :class:`~mtl_lightning.population.Population`.
 
     Raises:
-        ValueError: If the preferences are not on the simplex or do not have one column per task, the tasks are fewer than two
-            or share a name, the optimiser is not element-wise, or an argument is out of range.
+        ValueError: If the preferences are not on the simplex or do not have one column per task, the tasks are fewer
+            than two or share a name, the optimiser is not element-wise, or an argument is out of range.
 
     Note:
-        Logged are ``train_loss`` and ``train_loss/<task>``, ``val_loss``, ``val_loss/<task>`` and ``val_<metric>/<task>``
-        (means over the subproblems), and in a test also ``test_<...>/<task>/<index>`` of each subproblem. With several
-        validation loaders the means are over all of them together.
+        Logged are ``train_loss`` and ``train_loss/<task>``, ``val_loss``, ``val_loss/<task>`` and
+        ``val_<metric>/<task>`` (means over the subproblems), and in a test also ``test_<...>/<task>/<index>`` of each
+        subproblem. With several validation loaders the means are over all of them together.
 
-        Limits: the trainable parameters share one dtype and one set of optimiser hyper-parameters. ``backend="auto"`` may
-        choose differently from run to run, which changes results in the last digits; a resumed run keeps the choice.
+        Limits: the trainable parameters share one dtype and one set of optimiser hyper-parameters. ``backend="auto"``
+        may choose differently from run to run, which changes results in the last digits; a resumed run keeps the
+        choice.
 
     References:
         L. Bai, A. Gupta, Y.-S. Ong, "Multi-Task Learning with Multi-Task Optimization", arXiv 2403.16162. The rules and
@@ -200,11 +204,11 @@ class MT2OModule(MultiTaskModule):
         return self._final_metrics
 
     def subproblem(self, index: int) -> nn.Module:
-        """Return subproblem ``index`` as a plain module, a copy with the ``state_dict`` keys of the original network."""
+        """Return a copy of subproblem ``index`` as a plain module, with the ``state_dict`` keys of the original."""
         return self.population.member(index)
 
     def select(self, preference: Tensor | Sequence[float]) -> nn.Module:
-        """Return the subproblem whose preference vector is nearest to ``preference``, shape ``(T,)``, as a plain module.
+        """Return the subproblem with the preference nearest to ``preference``, shape ``(T,)``, as a plain module.
 
         Raises:
             ValueError: If ``preference`` is not on the simplex.
@@ -445,7 +449,7 @@ class MT2OModule(MultiTaskModule):
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """Return the predictions of all subproblems, task name to tensor of shape ``(P, B, ...)``."""
         inputs, _ = self.unpack_batch(batch)
-        return self(inputs)  # type: ignore[no-any-return]
+        return self(inputs)
 
     def _evaluate(self, batch: Any) -> None:
         inputs, targets = self.unpack_batch(batch)
@@ -474,7 +478,8 @@ class MT2OModule(MultiTaskModule):
 
     def _log_training(self, losses: Tensor, tasks: tuple[int, ...], batch_idx: int) -> None:
         # A call to `log` costs about a millisecond, so it is made only when loggers take the values in.
-        if batch_idx % self.trainer.log_every_n_steps and not self.trainer.is_last_batch:
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by a connector
+        if batch_idx % every and not self.trainer.is_last_batch:
             return
         columns = {f"train_loss/{self.task_names[task]}": losses[:, task].nanmean() for task in tasks}
         self.log_dict(columns)
@@ -517,8 +522,8 @@ class MT2OModule(MultiTaskModule):
         if stage >= len(self._stages) or len(self._stages[stage].preferences) != size:
             sizes = [len(stage.preferences) for stage in self._stages]
             raise ValueError(
-                "`preferences` and `growth` should be those of the run that wrote the checkpoint. Found a checkpoint of "
-                f"{size} subproblems in stage {stage}, and stages of {sizes} here."
+                "`preferences` and `growth` should be those of the run that wrote the checkpoint. Found a checkpoint "
+                f"of {size} subproblems in stage {stage}, and stages of {sizes} here."
             )
         if size != self.population.size:
             self.population.select_([0] * size)
@@ -546,4 +551,4 @@ def _sliced(tensor: Tensor, size: int) -> Tensor:
             f"{len(tensor)}. Make batches larger, and drop an incomplete last one."
         )
     width = len(tensor) // size
-    return tensor[: width * size].unflatten(0, (size, width))
+    return tensor[: width * size].view(size, width, *tensor.shape[1:])

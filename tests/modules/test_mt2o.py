@@ -6,18 +6,18 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
-from tests.modules.common import Pairs, SaveAfterEachBatch, flat, loader, mt2o, network, rows, tasks, trainer
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchmetrics import MeanAbsoluteError, MeanSquaredError, MetricCollection
 
+from mtl_lightning.callbacks.objectives import is_population
 from mtl_lightning.growth import Doubling
 from mtl_lightning.modules import MT2OModule
 from mtl_lightning.networks import LeNetEncoder, MultiHeadNetwork
@@ -36,8 +36,9 @@ from mtl_lightning.transfer import (
     TransferContext,
     TransferRule,
 )
+from tests.modules.common import Pairs, SaveAfterEachBatch, flat, loader, mt2o, network, rows, tasks, trainer
 
-OPTIMIZERS = {
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "sgd": partial(torch.optim.SGD, lr=0.05),
     "momentum": partial(torch.optim.SGD, lr=0.05, momentum=0.9, weight_decay=1e-2),
     "adam": partial(torch.optim.Adam, lr=1e-2),
@@ -68,8 +69,7 @@ def _reference_independent_run(
             weight * losses[name](outputs[name], targets[name]) for weight, name in zip(preference, losses, strict=True)
         )
         steps.zero_grad()
-        assert isinstance(objective, Tensor)
-        objective.backward()
+        torch.autograd.backward([cast("Tensor", objective)])
         steps.step()
     return net
 
@@ -147,7 +147,7 @@ def test_mixed_steps_equal_the_formula(name: str, optimizer: str) -> None:
             values = [task.loss(outputs[task.name], targets[task.name]) for task in tasks()]
             losses[index] = torch.stack(values).detach()
             optimizers[index].zero_grad()
-            (preferences[index, 0] * values[0] + preferences[index, 1] * values[1]).backward()
+            torch.autograd.backward([preferences[index, 0] * values[0] + preferences[index, 1] * values[1]])
             optimizers[index].step()
         delta = torch.stack([flat(member) for member in members]) - old
         lr = float(optimizers[0].param_groups[0]["lr"])
@@ -246,7 +246,8 @@ def test_the_weighted_sum_finds_only_the_ends_of_fonseca() -> None:
     torch.manual_seed(1)
     module = _solve(Fonseca(20), Linear(), 10, steps=1500, lr=0.005, init="independent")
     values = module.objective_values
-    # Every point of the front minimises some weighted sum only where the front is convex; a concave one has two such points.
+    # Every point of the front minimises some weighted sum only where the front is convex; a concave one has two such
+    # points.
     assert (values.min(dim=1).values < 0.02).all()
     assert hypervolume(values, torch.ones(2)) < 0.06
 
@@ -370,7 +371,9 @@ def test_frozen_parameters_stay_and_are_held_once() -> None:
     module = mt2o(network=net)
     trainer().fit(module, loader())
     for index in range(4):
-        for own, given in zip(module.subproblem(index).encoder.parameters(), net.encoder.parameters(), strict=True):  # type: ignore[union-attr]
+        member = module.subproblem(index)
+        assert isinstance(member, MultiHeadNetwork)
+        for own, given in zip(member.encoder.parameters(), net.encoder.parameters(), strict=True):
             assert torch.equal(own, given)
     total = sum(parameter.numel() for parameter in module.population.parameters() if not parameter.requires_grad)
     assert total == sum(parameter.numel() for parameter in net.encoder.parameters())
@@ -518,7 +521,7 @@ def test_validate_test_and_predict_run_alone() -> None:
     torch.testing.assert_close(torch.tensor(results["test_loss/a/2"]), validated[2, 0])
     predictions = run.predict(module, loader())
     assert predictions is not None
-    assert predictions[0]["a"].shape == (4, 8, 1)  # type: ignore[call-overload, index]
+    assert predictions[0]["a"].shape == (4, 8, 1)  # type: ignore[call-overload]
     run.fit(module, loader(), loader())  # what validation under inference mode left behind does not disturb training
     assert torch.isfinite(module.objective_values).all()
 
@@ -538,9 +541,8 @@ def test_select_refuses_what_is_not_a_preference() -> None:
 
 
 def test_the_module_satisfies_the_protocol_of_the_callbacks() -> None:
-    module = mt2o()
-    trainer().validate(module, loader(), verbose=False)
-    assert isinstance(module, PopulationProtocol)
+    protocol: PopulationProtocol = mt2o()  # the type checker holds the types, this test the names
+    assert is_population(protocol)
 
 
 # ------------------------------------------------------------------------------------------------ sick subproblems
@@ -586,7 +588,7 @@ def test_a_frozen_subproblem_stays_alone(rule: str, backend: str) -> None:
 
 def test_a_subproblem_with_a_nan_gradient_keeps_its_last_finite_parameters_when_frozen() -> None:
     class Root(nn.Module):
-        """The square root of the error has an infinite slope at zero; the weight of the first preference makes it NaN."""
+        """The square root has an infinite slope at zero, which makes a NaN of the zero that follows."""
 
         def forward(self, preds: Tensor, target: Tensor) -> Tensor:
             return (preds - preds.detach()).square().sum().sqrt()
@@ -673,8 +675,9 @@ class _Position:
 
     def __iter__(self) -> Any:
         start, self.start = self.start, 0
-        for self.seen in range(start + 1, len(self.batches) + 1):
-            yield self.batches[self.seen - 1]
+        for index in range(start, len(self.batches)):
+            self.seen = index + 1
+            yield self.batches[index]
 
     def state_dict(self) -> dict[str, int]:
         return {"seen": self.seen % len(self.batches)}

@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from mtl_lightning.cli import main
+
+CONFIG = Path(__file__).parents[1] / "configs" / "mt2o_multi_digits.yaml"
+SHORT = [
+    "--trainer.max_epochs=2",
+    "--trainer.limit_train_batches=4",
+    "--trainer.limit_val_batches=2",
+    "--trainer.limit_test_batches=2",
+    "--trainer.limit_predict_batches=1",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.accelerator=cpu",
+    "--data.init_args.num_train=512",
+    "--data.init_args.num_val=256",
+    "--data.init_args.num_test=256",
+]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def _run(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Run to the error and return its one line."""
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    message = stop.value.code
+    assert isinstance(message, str)
+    assert "Traceback" not in capsys.readouterr().err
+    assert "\n" not in message
+    return message
+
+
+def test_the_shipped_configuration_trains_validates_tests_and_predicts(folder: Path) -> None:
+    main(["fit", f"--config={CONFIG}", *SHORT])
+    run = folder / "runs" / "mt2o_multi_digits" / "version_0"
+    with (run / "pareto_front" / "archive.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 20  # ten subproblems, two validations
+    for picture in ("front.png", "hypervolume.png"):
+        assert (run / "pareto_front" / picture).read_bytes().startswith(b"\x89PNG")
+    checkpoint = run / "checkpoints" / "last.ckpt"
+    state = torch.load(checkpoint, weights_only=True)
+    assert state["global_step"] == 8
+    for command in ("validate", "test", "predict"):
+        main([command, f"--config={CONFIG}", *SHORT, f"--ckpt_path={checkpoint}"])
+
+
+def test_training_goes_on_from_a_checkpoint(folder: Path) -> None:
+    main(["fit", f"--config={CONFIG}", *SHORT])
+    checkpoint = folder / "runs" / "mt2o_multi_digits" / "version_0" / "checkpoints" / "last.ckpt"
+    main(["fit", f"--config={CONFIG}", *SHORT, "--trainer.max_epochs=3", f"--ckpt_path={checkpoint}"])
+    with (folder / "runs" / "mt2o_multi_digits" / "version_1" / "pareto_front" / "archive.csv").open() as file:
+        assert [row["epoch"] for row in csv.DictReader(file)] == ["0"] * 10 + ["1"] * 10 + ["2"] * 10
+
+
+def test_the_printed_configuration_can_be_read_back(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["fit", f"--config={CONFIG}", "--print_config"])
+    first = capsys.readouterr().out
+    (folder / "printed.yaml").write_text(first)
+    with pytest.raises(SystemExit):
+        main(["fit", f"--config={folder / 'printed.yaml'}", "--print_config"])
+    assert yaml.safe_load(capsys.readouterr().out) == yaml.safe_load(first)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--model=mtl_lightning.modules.MT2OModul"], "no attribute 'MT2OModul'"),
+        (["--model.init_args.transfer=mtl_lightning.transfer.Nope"], "no attribute 'Nope'"),
+        (["--model.init_args.transferr=1"], "transferr"),
+        (["--trainer.max_epoch_s=1"], "max_epoch_s"),
+        (["--model.init_args.on_nonfinite=ignore"], "'reseed', 'freeze', 'raise'"),
+        (["--model.init_args.preferences.init_args.num_tasks=3"], "one column per task. Found shape (55, 3)"),
+        (["--data=mtl_lightning.datamodules.Nope"], "no attribute 'Nope'"),
+    ],
+)
+def test_a_wrong_class_or_key_ends_in_one_line(
+    arguments: list[str], expected: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = _run(capsys, "fit", f"--config={CONFIG}", *arguments)
+    assert message.startswith("mtl-lightning: error: ")
+    assert expected in message
+
+
+def test_a_missing_file_ends_in_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "nope.yaml" in _run(capsys, "fit", "--config=nope.yaml")
+
+
+def test_the_weight_decay_of_adamw_is_what_the_configuration_says(folder: Path) -> None:
+    """Configuration files give AdamW the default weight decay of Adam, 0, so it should be written out."""
+    config: dict[str, Any] = yaml.safe_load(CONFIG.read_text())
+    config["model"]["init_args"]["optimizer"] = {
+        "class_path": "torch.optim.AdamW",
+        "init_args": {"lr": 1e-3, "weight_decay": 0.01},
+    }
+    (folder / "adamw.yaml").write_text(yaml.safe_dump(config))
+    main(["fit", "--config=adamw.yaml", *SHORT])
+    checkpoint = folder / "runs" / "mt2o_multi_digits" / "version_0" / "checkpoints" / "last.ckpt"
+    groups = torch.load(checkpoint, weights_only=True)["optimizer_states"][0]["param_groups"]
+    assert groups[0]["weight_decay"] == 0.01
+
+
+def test_the_command_is_installed() -> None:
+    command = Path(sys.executable).with_name("mtl-lightning")
+    result = subprocess.run([command, "--help"], capture_output=True, text=True, check=False)
+    assert result.returncode == 0
+    assert all(name in result.stdout for name in ("fit", "validate", "test", "predict"))
