@@ -8,7 +8,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -145,14 +145,16 @@ def summary(values: Sequence[float]) -> str:
 def table(runs: Sequence[dict[str, Any]], baseline: str = "no transfer", share: float = 0.95) -> str:
     """Return a Markdown table of the methods: test hypervolume, and the cost of reaching the baseline's level.
 
-    The level is a share of the last validation hypervolume of the baseline with the same seed.
+    The level is a share of the last validation hypervolume of the baseline with the same seed. Differences and ratios
+    are to the baseline with the same seed, means with 95 % confidence intervals (Student's t).
     """
     methods = list(dict.fromkeys(run["method"] for run in runs))
     of = {(run["method"], run["seed"]): run for run in runs}
-    seeds = sorted({run["seed"] for run in runs})
+    # Of an unfinished comparison, the seeds that all methods have.
+    seeds = [seed for seed in sorted({run["seed"] for run in runs}) if all((method, seed) in of for method in methods)]
     lines = [
-        f"| method | test hypervolume | evaluations to {share:.0%} | seconds to {share:.0%} | seconds in all |",
-        "|---|---|---|---|---|",
+        f"| method | test hypervolume | difference | evaluations to {share:.0%} | seconds to {share:.0%} | seconds |",
+        "|---|---|---|---|---|---|",
     ]
     for method in methods:
         costs = {}
@@ -167,9 +169,14 @@ def table(runs: Sequence[dict[str, Any]], baseline: str = "no transfer", share: 
             costs[what] = f"x {statistics.fmean(reached):.2f}" if reached else "not reached"
             if reached and len(reached) < len(ratios):
                 costs[what] += f" ({len(reached)} of {len(ratios)} runs)"
-        hypervolumes = summary([of[method, seed]["test_hypervolume"] for seed in seeds])
+        values = [of[method, seed]["test_hypervolume"] for seed in seeds]
+        differences = summary(
+            [value - of[baseline, seed]["test_hypervolume"] for value, seed in zip(values, seeds, strict=True)]
+        )
+        difference = "" if method == baseline else differences
         seconds = statistics.fmean(of[method, seed]["seconds"] for seed in seeds)
-        lines.append(f"| {method} | {hypervolumes} | {costs['evaluations']} | {costs['seconds']} | {seconds:.1f} |")
+        cells = (method, f"{statistics.fmean(values):.3f}", difference, *costs.values(), f"{seconds:.1f}")
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -179,7 +186,7 @@ def compare(
     build: Callable[[dict[str, Any]], MT2OModule],
     data: Callable[[int, int], LightningDataModule],
     variant: str,
-    methods: Sequence[str],
+    methods: Mapping[str, Method],
     seeds: int,
     batches: int,
     size: int,
@@ -196,7 +203,7 @@ def compare(
         build: From arguments of ``MT2OModule`` to the module.
         data: From the seed and the factor on the batch size to the data module.
         variant: The name of the data.
-        methods: Names of ``METHODS``.
+        methods: What is compared, by name.
         seeds: How many seeds.
         batches: How many training batches.
         size: The number of subproblems.
@@ -209,11 +216,11 @@ def compare(
         )
     done = {(run["variant"], run["method"], run["seed"]) for run in result["runs"]}
     for seed in range(seeds):
-        for name in methods:
+        for name, method in methods.items():
             if (variant, name, seed) in done:
                 continue
             module = data(seed, size if name.startswith("independent") else 1)
-            outcome = run(build, module, METHODS[name], batches, size, validations, seed)
+            outcome = run(build, module, method, batches, size, validations, seed)
             result["runs"].append({"variant": variant, "method": name, "seed": seed, **outcome})
             save(path, result)
             hypervolume, seconds = outcome["test_hypervolume"], outcome["seconds"]

@@ -22,6 +22,12 @@ from mtl_lightning.modules import MT2OModule
 from mtl_lightning.networks import MLP, MultiHeadNetwork
 from mtl_lightning.preferences import simplex_lattice
 from mtl_lightning.task import Task
+from mtl_lightning.transfer import NeighborTransfer
+
+ALL = METHODS | {
+    "neighbour, decay 0.999": lambda batches, size: {"transfer": NeighborTransfer(decay=0.999)},
+    "neighbour, decay 0.99": lambda batches, size: {"transfer": NeighborTransfer(decay=0.99)},
+}
 
 
 def build(hidden: int, size: int, lr: float, arguments: dict[str, Any]) -> MT2OModule:
@@ -45,7 +51,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=8, help="number of subproblems")
     parser.add_argument("--hidden", type=int, default=32)
     parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--methods", nargs="*", default=list(METHODS))
+    parser.add_argument("--methods", nargs="*", default=list(ALL))
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/mt2o_digits.json"))
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -59,7 +65,7 @@ def main() -> None:
         build=partial(build, options.hidden, options.size, options.lr),
         data=lambda seed, factor: MultiDigitsDataModule(batch_size=128 * factor, seed=seed),
         variant="digits",
-        methods=options.methods,
+        methods={name: ALL[name] for name in options.methods},
         seeds=options.seeds,
         batches=options.batches,
         size=options.size,

@@ -85,7 +85,7 @@ def main() -> None:
                 seed=seed,
             ),
             variant=variant,
-            methods=options.methods,
+            methods={name: METHODS[name] for name in options.methods},
             seeds=options.seeds,
             batches=options.batches,
             size=options.size,

@@ -43,11 +43,15 @@ class MultiTaskCLI(LightningCLI):
             self.parser.error(f"{type(error).__name__}: {error}")
 
 
-def main(args: Sequence[str] | None = None) -> None:
-    """Run the command line; ``args`` are those of the process by default."""
+def run(args: Sequence[str] | None = None) -> MultiTaskCLI:
+    """Run the command line and return it, with its ``model``, ``datamodule`` and ``trainer``.
+
+    Args:
+        args: The arguments; those of the process by default.
+    """
     # Lightning 2.6 with torch >= 2.12 warns of torch's internals on every run; nobody but Lightning can act on it.
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-    MultiTaskCLI(
+    return MultiTaskCLI(
         LightningModule,
         LightningDataModule,
         subclass_mode_model=True,
@@ -55,6 +59,11 @@ def main(args: Sequence[str] | None = None) -> None:
         save_config_kwargs={"overwrite": True},
         args=None if args is None else list(args),
     )
+
+
+def main() -> None:
+    """Run the command line with the arguments of the process."""
+    run()
 
 
 def _one_line(message: str) -> str:
