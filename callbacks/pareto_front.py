@@ -106,6 +106,11 @@ class ParetoFrontCallback(ObjectivesCallback):
                 f"Each `ParetoFrontCallback` should have a `dirpath` of its own. Found {str(self.folder)!r} twice."
             )
 
+        if any(twin.reader.given == self.reader.given for twin in twins):
+            raise ValueError(
+                f"Each `ParetoFrontCallback` should have `objectives` of its own. Found {self.reader.given} twice."
+            )
+
     def observe(self, trainer: pl.Trainer, pl_module: pl.LightningModule, points: Points, can_log: bool) -> None:
         """Add the points, write the tables, draw the figure."""
         self._rows += self._as_rows(trainer, points)
@@ -123,6 +128,10 @@ class ParetoFrontCallback(ObjectivesCallback):
         """Draw the final front."""
         if self.folder is not None and trainer.is_global_zero and self._rows:
             write_picture(self.folder / "front.png", draw(self.figure()))
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Draw the front of a run that was stopped."""
+        self.on_fit_end(trainer, pl_module)
 
     def figure(self) -> Figure:
         """Return the front as a new ``matplotlib.figure.Figure``, which ``pyplot`` does not manage.

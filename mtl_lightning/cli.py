@@ -51,14 +51,17 @@ def run(args: Sequence[str] | None = None) -> MultiTaskCLI:
     """
     # Lightning 2.6 with torch >= 2.12 warns of torch's internals on every run; nobody but Lightning can act on it.
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-    return MultiTaskCLI(
-        LightningModule,
-        LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        save_config_kwargs={"overwrite": True},
-        args=None if args is None else list(args),
-    )
+    try:
+        return MultiTaskCLI(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_kwargs={"overwrite": True},
+            args=None if args is None else list(args),
+        )
+    except (MisconfigurationException, FileNotFoundError) as error:  # found when the run begins: flags and checkpoints
+        sys.exit(f"mtl-lightning: error: {_one_line(str(error))}")
 
 
 def main() -> None:

@@ -97,6 +97,8 @@ class Population(nn.Module):
         super().__init__()
         if size < 1:
             raise ValueError(f"`size` should be at least 1. Found {size}.")
+        if chunk_size is not None and not isinstance(chunk_size, int):
+            raise TypeError(f"`chunk_size` should be an integer, or None. Found {chunk_size!r}.")
         if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"`chunk_size` should be at least 1, or None. Found {chunk_size}.")
         if init not in ("common", "independent"):
@@ -302,6 +304,20 @@ class Population(nn.Module):
                     f"{', '.join(names[:6])}{', ...' if len(names) > 6 else ''}."
                 )
         return [slice(slot.start, slot.stop) for slot in self._slots if _matches(slot.name, patterns)]
+
+    def check_structure(self) -> None:
+        """Raise an error if a layer of the network was replaced since: its parameters are not those of ``theta``.
+
+        Raises:
+            RuntimeError: With the name of the first such parameter.
+        """
+        present = set(self.network.modules())
+        for slot in self._slots:
+            if any(owner not in present for owner, _ in slot.owners):
+                raise RuntimeError(
+                    "The layers of the network should stay those that the population was made of. Found another one "
+                    f"for {slot.name!r}. Convert layers before, and leave `Trainer(sync_batchnorm=True)` out."
+                )
 
     @torch.no_grad()
     def select_(self, rows: Sequence[int]) -> None:

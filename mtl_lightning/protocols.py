@@ -12,7 +12,7 @@ class PopulationProtocol(Protocol):
     """A LightningModule that trains ``P`` models, one per preference vector, on ``T`` tasks.
 
     ``objective_values`` and ``metric_values`` are those of the latest validation. They are reduced over ranks when they
-    are first read after it, so every rank has to read them. Rows of a subproblem that has failed hold NaN.
+    are first read after it, so every rank has to read them. Rows of a subproblem that has failed are not finite.
     """
 
     @property

@@ -23,7 +23,7 @@ class Task:
             clone it for each split and each model.
 
     Raises:
-        ValueError: If the name is empty or holds a character that logged names cannot carry (``/`` or white space).
+        ValueError: If the name is empty or holds ``/``, ``.`` or white space, which names of metrics cannot carry.
         TypeError: If the loss is not callable.
 
     Example:
@@ -31,8 +31,8 @@ class Task:
         >>> task = Task("left", torch.nn.CrossEntropyLoss())
         >>> task
         Task('left', CrossEntropyLoss())
-        >>> task.has_labels(torch.tensor([3, -100])), task.has_labels(torch.tensor([-100, -100]))
-        (tensor(True), tensor(False))
+        >>> task.num_labels(torch.tensor([3, -100])), task.num_labels(torch.tensor([-100, -100]))
+        (tensor(1), tensor(0))
     """
 
     def __init__(
@@ -42,9 +42,9 @@ class Task:
         loss: Callable[[Tensor, Tensor], Tensor] | torch.nn.Module,
         metrics: Metric | MetricCollection | None = None,
     ) -> None:
-        if not isinstance(name, str) or not name or "/" in name or any(char.isspace() for char in name):
+        if not isinstance(name, str) or not name or "/" in name or "." in name or any(char.isspace() for char in name):
             raise ValueError(
-                f"A task's `name` should be a non-empty string without white space or '/'. Found {name!r}."
+                f"A task's `name` should be a non-empty string without white space, '/' or '.'. Found {name!r}."
             )
         if not callable(loss):
             raise TypeError(f"The `loss` of task {name!r} should be callable. Found {type(loss).__name__}.")
@@ -52,19 +52,19 @@ class Task:
         self.loss = loss
         self.metrics = metrics
 
-    def has_labels(self, target: Tensor) -> Tensor:
-        """Return whether any element of ``target`` is a label, as a bool tensor of shape ``()``.
+    def num_labels(self, target: Tensor) -> Tensor:
+        """Return how many elements of ``target`` are labels, as an integer tensor of shape ``()``.
 
         An element is missing if it is NaN, or if it is an integer and equals the attribute ``ignore_index`` of the
         loss. Without any label a task takes no part in the batch. Override it for another convention, such as that of
         a loss function, which has no attributes.
         """
         if target.is_floating_point():
-            return (~target.isnan()).any()
+            return (~target.isnan()).sum()
         ignore_index = getattr(self.loss, "ignore_index", None)
         if ignore_index is None:
-            return torch.tensor(target.numel() > 0, device=target.device)
-        return (target.long() != ignore_index).any()  # unsigned integers wrap around at a negative index
+            return torch.tensor(target.numel(), device=target.device)
+        return (target.long() != ignore_index).sum()  # unsigned integers wrap around at a negative index
 
     def __repr__(self) -> str:
         return f"Task({self.name!r}, {self.loss})"

@@ -85,9 +85,12 @@ def test_the_printed_configuration_can_be_read_back(folder: Path, capsys: pytest
         (["--model.init_args.transfer=mtl_lightning.transfer.Nope"], "no attribute 'Nope'"),
         (["--model.init_args.transferr=1"], "transferr"),
         (["--trainer.max_epoch_s=1"], "max_epoch_s"),
-        (["--model.init_args.on_nonfinite=ignore"], "'reseed', 'freeze', 'raise'"),
+        (["--model.init_args.on_nonfinite=ignore"], "on_nonfinite"),
         (["--model.init_args.preferences.init_args.num_tasks=3"], "one column per task. Found shape (55, 3)"),
         (["--data=mtl_lightning.datamodules.Nope"], "no attribute 'Nope'"),
+        (["--trainer.gradient_clip_val=1"], "gradient_clip_norm"),
+        (["--trainer.accumulate_grad_batches=2"], "accumulate_batches"),
+        (["--ckpt_path=nope.ckpt"], "nope.ckpt"),
     ],
 )
 def test_a_wrong_class_or_key_ends_in_one_line(
@@ -96,6 +99,14 @@ def test_a_wrong_class_or_key_ends_in_one_line(
     message = _run(capsys, "fit", f"--config={CONFIG}", *arguments)
     assert message.startswith("mtl-lightning: error: ")
     assert expected in message
+
+
+def test_preference_vectors_can_be_written_out(folder: Path) -> None:
+    config: dict[str, Any] = yaml.safe_load(CONFIG.read_text())
+    config["model"]["init_args"]["preferences"] = [[0.2, 0.8], [0.5, 0.5], [0.9, 0.1]]
+    (folder / "vectors.yaml").write_text(yaml.safe_dump(config))
+    module = run(["fit", "--config=vectors.yaml", *SHORT]).model
+    assert torch.equal(module.preferences, torch.tensor([[0.2, 0.8], [0.5, 0.5], [0.9, 0.1]]))
 
 
 def test_a_missing_file_ends_in_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

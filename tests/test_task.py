@@ -50,7 +50,7 @@ def _loss(prediction: Tensor, target: Tensor) -> Tensor:
     ],
 )
 def test_labels_are_found(loss: Any, target: Tensor, expected: bool) -> None:
-    found = Task("task", loss).has_labels(target)
+    found = Task("task", loss).num_labels(target) > 0
     assert (found.dtype, found.shape, found.item()) == (torch.bool, (), expected)
 
 
@@ -58,15 +58,15 @@ def test_a_task_without_labels_is_one_whose_mean_loss_is_not_finite() -> None:
     loss = nn.CrossEntropyLoss(ignore_index=7)
     for target in (torch.tensor([7, 7]), torch.tensor([7, 1])):
         has_loss = bool(loss(torch.zeros(2, 9), target).isfinite())
-        assert bool(Task("task", loss).has_labels(target)) is has_loss
+        assert bool(Task("task", loss).num_labels(target) > 0) is has_loss
 
 
-@pytest.mark.parametrize("name", ["left", "a.b", "depth_1", "größe", "0"])
+@pytest.mark.parametrize("name", ["left", "a-b", "depth_1", "größe", "0"])
 def test_names_that_logged_values_can_carry(name: str) -> None:
     assert Task(name, nn.MSELoss()).name == name
 
 
-@pytest.mark.parametrize("name", ["", "a/b", "/", "a b", " ", "a\t", "a\n", None, 3, ["a"]])
+@pytest.mark.parametrize("name", ["", "a/b", "/", "a.b", "a b", " ", "a\t", "a\n", None, 3, ["a"]])
 def test_names_that_logged_values_cannot_carry(name: Any) -> None:
     with pytest.raises(ValueError, match="A task's `name` should be a non-empty string"):
         Task(name, nn.MSELoss())

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from mtl_lightning.modules.resuming import make_up_for_validation, missed_validation
 from mtl_lightning.population import UserInputError
 from mtl_lightning.task import Task, check_tasks
 
@@ -60,8 +61,7 @@ class MultiTaskModule(LightningModule):
         self.tasks = check_tasks(tasks)
         if gradient_clip_norm is not None and not gradient_clip_norm > 0:
             raise ValueError(f"`gradient_clip_norm` should be positive, or None. Found {gradient_clip_norm}.")
-        if accumulate_batches < 1:
-            raise ValueError(f"`accumulate_batches` should be at least 1. Found {accumulate_batches}.")
+        check_count("accumulate_batches", accumulate_batches)
         if lr_scheduler_interval not in ("epoch", "step"):
             raise ValueError(f"`lr_scheduler_interval` should be 'epoch' or 'step'. Found {lr_scheduler_interval!r}.")
         self.gradient_clip_norm = gradient_clip_norm
@@ -74,19 +74,20 @@ class MultiTaskModule(LightningModule):
         self._accumulated = 0
         self._steps = 0
         self._seed: int | None = None
-        # Losses may hold parameters or buffers of their own (class weights): they have to move with the module.
+        self._monitored: float | None = None
+        self._has_validated = False
+        # Losses may hold buffers of their own (class weights), which have to move with the module.
         self._losses = nn.ModuleList(task.loss for task in self.tasks if isinstance(task.loss, nn.Module))
 
     # --------------------------------------------------------------------------------------- to be overridden at will
 
     def unpack_batch(self, batch: Any) -> tuple[Any, dict[str, Tensor]]:
         """Return the inputs of the network and the targets, task name to tensor."""
-        try:
-            inputs, targets = batch
-        except (TypeError, ValueError) as error:
+        if not isinstance(batch, Sequence) or len(batch) != 2:
             raise UserInputError(
                 f"A batch should be `(inputs, targets)`. Found {type(batch).__name__}. Override `unpack_batch` for it."
-            ) from error
+            )
+        inputs, targets = batch
         return inputs, targets
 
     def task_losses(self, outputs: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -123,13 +124,16 @@ class MultiTaskModule(LightningModule):
                 )
         return torch.stack([losses[name].float() for name in names])
 
-    def labelled_tasks(self, targets: Mapping[str, Tensor]) -> tuple[int, ...]:
-        """Return the indices of the tasks with a label in the batch. It reads values: one wait for the device."""
+    def count_labels(self, targets: Mapping[str, Tensor]) -> Tensor:
+        """Return the number of labels of each task in the batch, float32, shape ``(T,)``."""
         if not isinstance(targets, Mapping):
             raise UserInputError(f"The targets should be a dict, task name to tensor. Found {type(targets).__name__}.")
         _check_names("The targets", targets, self.task_names)
-        labelled = torch.stack([task.has_labels(targets[task.name]) for task in self.tasks]).tolist()
-        return tuple(index for index, has_labels in enumerate(labelled) if has_labels)
+        for name in self.task_names:
+            if not isinstance(targets[name], Tensor):
+                kind = type(targets[name]).__name__
+                raise UserInputError(f"The target of task {name!r} should be a tensor. Found {kind}.")
+        return torch.stack([task.num_labels(targets[task.name]).float() for task in self.tasks])
 
     # -------------------------------------------------------------------------------------------------- optimisation
 
@@ -187,7 +191,9 @@ class MultiTaskModule(LightningModule):
         for config in self.trainer.lr_scheduler_configs:
             if not isinstance(config.scheduler, ReduceLROnPlateau):
                 continue
-            value = self.trainer.callback_metrics.get(str(self._lr_scheduler_monitor))
+            value = self.trainer.callback_metrics.get(str(self._lr_scheduler_monitor), self._monitored)
+            if value is None and self.trainer.enable_validation and not self._has_validated:
+                continue  # it may be logged in the first validation, which is still to come
             if value is None:
                 logged = ", ".join(sorted(self.trainer.callback_metrics)) or "none"
                 raise MisconfigurationException(
@@ -213,25 +219,21 @@ class MultiTaskModule(LightningModule):
         torch.manual_seed(_mixed(self._seed, self.batches_seen * self.trainer.world_size + self.global_rank))
 
     def on_train_start(self) -> None:
-        """Make up for the validation of an epoch whose last batch was the last thing that the checkpoint saw.
+        """Make up for a validation, and for the end of an epoch, that the checkpoint came before."""
+        if missed_validation(self.trainer):
+            make_up_for_validation(self.trainer)
+        batches = self.trainer.fit_loop.epoch_loop
+        if batches.restarted_on_train_batch_end and batches.batch_progress.is_last_batch:
+            self._step_plateau_schedulers()
 
-        Lightning takes such an epoch for finished, and would leave a gap in everything that is recorded per validation.
-        """
-        trainer = self.trainer
-        epochs: Any = trainer.fit_loop.epoch_progress.current
-        batches = trainer.fit_loop.epoch_loop
-        at_the_end = batches.restarted_on_train_batch_end and batches.batch_progress.is_last_batch
-        every = trainer.check_val_every_n_epoch
-        if not (at_the_end and trainer.enable_validation and every and trainer.current_epoch % every == 0):
+    def on_validation_epoch_end(self) -> None:
+        """Remember what the schedulers monitor, for a checkpoint that is written before the epoch ends."""
+        if self.trainer.sanity_checking:
             return
-        epochs.processed -= 1
-        epochs.completed -= 1
-        trainer.validating = True
-        batches.val_loop.run()
-        trainer.training = True
-        self.on_train_epoch_end()
-        epochs.processed += 1
-        epochs.completed += 1
+        self._has_validated = True
+        value = self.trainer.callback_metrics.get(str(self._lr_scheduler_monitor))
+        if value is not None:
+            self._monitored = float(value)
 
     def on_train_epoch_end(self) -> None:
         """Step the schedulers that monitor a metric; the others have stepped with the last batch."""
@@ -251,6 +253,8 @@ class MultiTaskModule(LightningModule):
             "accumulated": self._accumulated,
             "steps": self._steps,
             "seed": self._seed,
+            "monitored": self._monitored,
+            "has_validated": self._has_validated,
         }
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
@@ -259,6 +263,16 @@ class MultiTaskModule(LightningModule):
         self._accumulated = state["accumulated"]
         self._steps = state["steps"]
         self._seed = state["seed"]
+        self._monitored = state["monitored"]
+        self._has_validated = state["has_validated"]
+
+
+def check_count(name: str, value: int) -> None:
+    """Raise an error unless ``value`` is an integer of at least one."""
+    if not isinstance(value, int):
+        raise TypeError(f"`{name}` should be an integer. Found {value!r}.")
+    if value < 1:
+        raise ValueError(f"`{name}` should be at least 1. Found {value}.")
 
 
 def _check_names(what: str, found: Mapping[str, Any], names: Sequence[str]) -> None:

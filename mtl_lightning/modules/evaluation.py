@@ -16,22 +16,20 @@ from mtl_lightning.task import Task
 class PopulationEvaluation(nn.Module):
     """Mean loss and metrics of each of ``P`` subproblems on each of ``T`` tasks.
 
-    Means are over samples, so that batches of unequal size and unequal ranks count as they should. A batch without
-    labels of a task does not count for that task.
+    Means are over labels, so that batches of unequal size and unequal ranks count as they should; sums are in float32
+    whatever the precision of the model. A batch without labels of a task does not count for that task.
 
     Args:
         tasks: The tasks; their metrics are cloned for each subproblem.
         size: The number of subproblems ``P``.
     """
 
-    sums: Tensor
-    counts: Tensor
-
     def __init__(self, tasks: Sequence[Task], size: int) -> None:
         super().__init__()
         self.task_names = [task.name for task in tasks]
-        self.register_buffer("sums", torch.zeros(size, len(tasks)), persistent=False)
-        self.register_buffer("counts", torch.zeros(len(tasks)), persistent=False)
+        # No buffers: half precision would convert them with the model, and they are made anew for each pass.
+        self.sums = torch.zeros(size, len(tasks))
+        self.counts = torch.zeros(len(tasks))
         self.metrics = nn.ModuleDict(
             {
                 f"{name}/{task.name}": nn.ModuleList(metric.clone() for _ in range(size))
@@ -40,14 +38,13 @@ class PopulationEvaluation(nn.Module):
             }
         )
 
-    def reset(self, size: int | None = None) -> None:
+    def reset(self, size: int, device: torch.device) -> None:
         """Forget everything; ``size`` is the number of subproblems from now on."""
-        rows = len(self.sums) if size is None else size
-        self.sums = self.sums.new_zeros(rows, len(self.task_names))
-        self.counts.zero_()
+        self.sums = torch.zeros(size, len(self.task_names), device=device, dtype=torch.float32)
+        self.counts = torch.zeros(len(self.task_names), device=device, dtype=torch.float32)
         for key, metrics in self._named():
-            clones = [metrics[0].clone() for _ in range(len(metrics), rows)]
-            self.metrics[key] = nn.ModuleList([*metrics[:rows], *clones])
+            clones = [metrics[0].clone() for _ in range(len(metrics), size)]
+            self.metrics[key] = nn.ModuleList([*metrics[:size], *clones])
         for _, metrics in self._named():
             for metric in metrics:
                 metric.reset()
@@ -57,7 +54,7 @@ class PopulationEvaluation(nn.Module):
         outputs: Mapping[str, Tensor],
         losses: Tensor,
         targets: Mapping[str, Tensor],
-        tasks: Sequence[int],
+        labels: Mapping[int, float],
     ) -> None:
         """Take in one batch.
 
@@ -65,14 +62,12 @@ class PopulationEvaluation(nn.Module):
             outputs: Predictions, task name to tensor of shape ``(P, B, ...)``.
             losses: Mean losses of the tasks with labels, shape ``(P, T')``.
             targets: Targets, task name to tensor of shape ``(B, ...)``.
-            tasks: The indices of the ``T'`` tasks with labels.
+            labels: The number of labels of each of the ``T'`` tasks that have any, by the index of the task.
         """
-        for column, task in enumerate(tasks):
-            target = targets[self.task_names[task]]
-            samples = len(target) if target.ndim else 1
-            self.sums[:, task] += samples * losses[:, column]
-            self.counts[task] += samples
-        present = {self.task_names[task] for task in tasks}
+        for column, (task, count) in enumerate(labels.items()):
+            self.sums[:, task] += count * losses[:, column].float()
+            self.counts[task] += count
+        present = {self.task_names[task] for task in labels}
         for key, metrics in self._named():
             name = key.rsplit("/", 1)[1]
             if name in present:

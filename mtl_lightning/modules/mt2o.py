@@ -14,9 +14,10 @@ from torch.utils import _pytree as pytree
 
 from mtl_lightning.elementwise import check_elementwise
 from mtl_lightning.growth import Growth, Stage
-from mtl_lightning.modules.base import LRSchedulerCallable, MultiTaskModule, OptimizerCallable
+from mtl_lightning.modules.averaging import LossAverage
+from mtl_lightning.modules.base import LRSchedulerCallable, MultiTaskModule, OptimizerCallable, check_count
 from mtl_lightning.modules.evaluation import PopulationEvaluation
-from mtl_lightning.population import Population, UserInputError
+from mtl_lightning.population import Chunk, Population, UserInputError
 from mtl_lightning.preferences import check_preferences
 from mtl_lightning.scalarization import Linear, Scalarization
 from mtl_lightning.task import Task
@@ -36,7 +37,7 @@ class MT2OModule(MultiTaskModule):
     Args:
         network: Maps inputs to a dict of predictions, task name to tensor. Its state is copied.
         tasks: The ``T >= 2`` tasks.
-        preferences: One preference vector per subproblem, shape ``(P, T)``, on the simplex.
+        preferences: One preference vector per subproblem, shape ``(P, T)``, on the simplex; a tensor or nested lists.
         optimizer: From parameters to an element-wise optimiser, such as
             ``functools.partial(torch.optim.Adam, lr=1e-3)``.
         scalarization: ``s``; :class:`~mtl_lightning.scalarization.Linear` by default, which cannot reach the concave
@@ -69,7 +70,9 @@ class MT2OModule(MultiTaskModule):
 
     Raises:
         ValueError: If the preferences are not on the simplex or do not have one column per task, the tasks are fewer
-            than two or share a name, the optimiser is not element-wise, or an argument is out of range.
+            than two or share a name, or an argument is out of range; when training is set up, if the optimiser is not
+            element-wise.
+        TypeError: If an argument is of the wrong kind.
 
     Note:
         Logged are ``train_loss`` and ``train_loss/<task>``, ``val_loss``, ``val_loss/<task>`` and
@@ -106,7 +109,7 @@ class MT2OModule(MultiTaskModule):
         self,
         network: nn.Module,
         tasks: Sequence[Task],
-        preferences: Tensor,
+        preferences: Tensor | list[list[float]],
         optimizer: OptimizerCallable,
         scalarization: Scalarization | None = None,
         transfer: TransferRule | None = None,
@@ -134,8 +137,17 @@ class MT2OModule(MultiTaskModule):
             accumulate_batches=accumulate_batches,
         )
         preferences = check_preferences(preferences, num_tasks=len(self.tasks))
-        if transfer_every < 1:
-            raise ValueError(f"`transfer_every` should be at least 1. Found {transfer_every}.")
+        check_count("transfer_every", transfer_every)
+        for argument, given, kind in (
+            ("network", network, nn.Module),
+            ("scalarization", scalarization, Scalarization | None),
+            ("transfer", transfer, TransferRule | None),
+            ("growth", growth, Growth | None),
+        ):
+            if not isinstance(given, kind):
+                raise TypeError(f"`{argument}` should be an object of {kind}. Found {given!r}.")
+        if isinstance(transfer_parameters, str):
+            raise TypeError(f"`transfer_parameters` should be a list of patterns. Found {transfer_parameters!r}.")
         for name, value, choices in (
             ("batches", batches, ("shared", "independent")),
             ("on_nonfinite", on_nonfinite, ("reseed", "freeze", "raise")),
@@ -145,6 +157,7 @@ class MT2OModule(MultiTaskModule):
         if growth is not None and init == "independent":
             raise ValueError("With `growth` children inherit from their parents: `init` should be 'common'.")
         self.scalarization = Linear() if scalarization is None else scalarization
+        self.scalarization(preferences, preferences)  # an ideal point of the wrong length is refused here
         self.transfer = NeighborTransfer() if transfer is None else transfer
         self.growth = growth
         self.transfer_every = transfer_every
@@ -162,26 +175,26 @@ class MT2OModule(MultiTaskModule):
         self._transferred_at = 0
         self._timed_size: int | None = None
         self._frozen: tuple[int, ...] = ()
-        self._loss_counts = [0] * len(self.tasks)
+        self._losses_of_step = LossAverage(len(self.tasks))
         self._matrix_checked = False
         self._pending_gradient: Tensor | None = None
         self._final_values: Tensor | None = None
         self._final_metrics: dict[str, Tensor] = {}
         self._evaluation = PopulationEvaluation(self.tasks, size)
         self._evaluated = False
-        self._preferences: Tensor
+        self._live = self._stages[0].preferences
         self._healthy: Tensor
-        self._loss_sums: Tensor
-        self.register_buffer("_preferences", self._stages[0].preferences.clone(), persistent=False)
         self.register_buffer("_healthy", torch.ones(size, dtype=torch.bool), persistent=False)
-        self.register_buffer("_loss_sums", torch.zeros(size, len(self.tasks)), persistent=False)
 
     # ------------------------------------------------------------------------------------------------ what users read
 
     @property
     def preferences(self) -> Tensor:
         """The preference vectors of the live subproblems, shape ``(P, T)``."""
-        return self._preferences
+        # No buffer: half precision would round it with the parameters.
+        if self._live.device != self.device:
+            self._live = self._live.to(self.device)
+        return self._live
 
     @property
     def objective_values(self) -> Tensor:
@@ -214,7 +227,7 @@ class MT2OModule(MultiTaskModule):
             ValueError: If ``preference`` is not on the simplex.
         """
         wanted = check_preferences(torch.as_tensor(preference).unsqueeze(0), num_tasks=len(self.tasks))
-        distances = (self._preferences - wanted.to(self._preferences)).norm(dim=1)
+        distances = (self.preferences - wanted.to(self.preferences)).norm(dim=1)
         return self.subproblem(int(distances.argmin()))
 
     def forward(self, inputs: Any) -> dict[str, Tensor]:
@@ -224,8 +237,18 @@ class MT2OModule(MultiTaskModule):
 
     # ------------------------------------------------------------------------------------------------------- training
 
+    def on_train_epoch_end(self) -> None:
+        """Look after subproblems that failed in the last batch; step the schedulers that monitor a metric."""
+        self._heal()
+        super().on_train_epoch_end()
+
     def on_train_start(self) -> None:
-        """Take up the gradients that a checkpoint holds; Lightning zeroes gradients between loading and here."""
+        """Take up the gradients that a checkpoint holds; Lightning zeroes gradients between loading and here.
+
+        Raises:
+            RuntimeError: If layers of the network were replaced after the population was made.
+        """
+        self.population.check_structure()
         if self._pending_gradient is not None:
             self.population.theta.grad = self._pending_gradient.to(self.population.theta)
             self._pending_gradient = None
@@ -234,57 +257,112 @@ class MT2OModule(MultiTaskModule):
     def training_step(self, batch: Any, batch_idx: int) -> None:
         """Do one step of MT2O."""
         inputs, targets = self.unpack_batch(batch)
-        tasks = self.labelled_tasks(targets)
+        labels = self.count_labels(targets)
         self._heal()
         self._grow()
+        own, tasks, shares = self._shares(labels)
         if tasks:
-            losses = self._backward(inputs, targets, tasks)
-            self._loss_sums[:, list(tasks)] += losses[:, list(tasks)]
-            self._loss_counts = [count + (task in tasks) for task, count in enumerate(self._loss_counts)]
+            losses = self._backward(inputs, targets, own, tasks, shares)
+            self._losses_of_step.update(losses, tasks)
             self._log_training(losses, tasks, batch_idx)
-        if self.is_step_due() and any(self._loss_counts):
-            labelled = tuple(task for task, count in enumerate(self._loss_counts) if count)
-            counts = [count or torch.nan for count in self._loss_counts]
-            self._step(self._loss_sums / torch.tensor(counts, device=self.device), labelled)
-            self._loss_sums.zero_()
-            self._loss_counts = [0] * len(self.tasks)
+        if self.is_step_due() and self._losses_of_step.tasks:
+            self._step(self._losses_of_step.compute(), self._losses_of_step.tasks)
+            self._losses_of_step.reset()
             assert self.population.theta.grad is not None
             self.population.theta.grad.zero_()
         self.finish_batch()
 
-    def _backward(self, inputs: Any, targets: Mapping[str, Tensor], tasks: tuple[int, ...]) -> Tensor:
-        """Add the gradients of all ``F_i`` at the unmixed parameters; return the task losses, ``(P, T)``."""
-        targets = {self.task_names[task]: targets[self.task_names[task]] for task in tasks}
+    def _shares(self, labels: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], Tensor]:
+        """Return the tasks with labels here, those with labels on any rank, and the weights of this rank's losses.
+
+        The mean over ranks of the weighted losses is the mean over all labels, shape ``(T,)``.
+        """
+        total = self._reduced(labels.clone(), "sum")
+        here, anywhere = torch.stack([labels, total]).tolist()  # the one wait for the device in a batch
+        shares = labels * self.trainer.world_size / total.clamp(min=1.0)
+        own = tuple(task for task, count in enumerate(here) if count)
+        return own, tuple(task for task, count in enumerate(anywhere) if count), shares
+
+    def _backward(
+        self, inputs: Any, targets: Mapping[str, Tensor], own: tuple[int, ...], tasks: tuple[int, ...], shares: Tensor
+    ) -> Tensor:
+        """Add the gradients of all ``F_i`` at the unmixed parameters; return the task losses, ``(P, T)``.
+
+        Args:
+            inputs: The inputs of this rank.
+            targets: The targets of this rank.
+            own: The tasks with labels on this rank.
+            tasks: The tasks with labels on any rank.
+            shares: The weights of this rank's losses, shape ``(T,)``.
+        """
+        targets = {self.task_names[task]: targets[self.task_names[task]] for task in own}
         independent = self.batches == "independent"
         if independent:
-            inputs, targets = pytree.tree_map(partial(_sliced, size=self.population.size), (inputs, targets))
+            cut = partial(_sliced, size=self.population.size)
+            inputs, targets = pytree.tree_map_only(Tensor, cut, (inputs, targets))
         self._choose_backend(inputs, targets, independent)
 
-        losses = self._preferences.new_full((self.population.size, len(self.tasks)), torch.nan, dtype=torch.float32)
-        preferences = self._preferences[:, list(tasks)]
+        losses = torch.full((self.population.size, len(self.tasks)), torch.nan, device=self.device, dtype=torch.float32)
+        preferences = self.preferences[:, list(tasks)]
         for chunk in self.population.chunks():
-            chunk_losses = chunk.evaluate(self.loss_vector, inputs, targets, independent)
-            objectives = self.scalarization(chunk_losses, preferences[chunk.members], tasks=tasks)
-            self.manual_backward(objectives.sum() / self.accumulate_batches)
-            losses[chunk.members, list(tasks)] = chunk_losses.detach()
+            if self.trainer.world_size == 1:
+                values = chunk.evaluate(self.loss_vector, inputs, targets, independent)
+                objectives = self.scalarization(values, preferences[chunk.members], tasks=tasks)
+                self.manual_backward(objectives.sum() / self.accumulate_batches)
+            else:
+                values = self._backward_over_ranks(
+                    chunk, inputs, targets, independent, own, tasks, shares, preferences[chunk.members]
+                )
+            losses[chunk.members, list(tasks)] = values.detach()
         return losses
+
+    def _backward_over_ranks(
+        self,
+        chunk: Chunk,
+        inputs: Any,
+        targets: Any,
+        independent: bool,
+        own: tuple[int, ...],
+        tasks: tuple[int, ...],
+        shares: Tensor,
+        preferences: Tensor,
+    ) -> Tensor:
+        """Add this rank's part of the gradients of some ``F_i``; return their losses over all ranks, ``(c, T')``.
+
+        The scalarisation is applied to the losses of the whole batch, as in one process: its slopes there weigh the
+        losses of the ranks, whose gradients are averaged before the step.
+        """
+        mine = [tasks.index(task) for task in own]
+        values = torch.zeros(len(preferences), len(tasks), device=self.device, dtype=torch.float32)
+        weighted = None
+        if own:
+            weighted = chunk.evaluate(self.loss_vector, inputs, targets, independent) * shares[list(own)]
+            values[:, mine] = weighted.detach()
+        values = self._reduced(values, "mean").requires_grad_()
+        (slopes,) = torch.autograd.grad(self.scalarization(values, preferences, tasks=tasks).sum(), values)
+        if weighted is not None:
+            self.manual_backward((slopes[:, mine] * weighted).sum() / self.accumulate_batches)
+        return values
 
     def _step(self, losses: Tensor, tasks: tuple[int, ...]) -> None:
         """``theta_i <- sum_j m_ij theta_j + Delta_i``."""
         optimizer, theta = self.optimizers(), self.population.theta
-        losses = self._reduced(losses, "mean")
         assert theta.grad is not None
         if self.trainer.world_size > 1:
             theta.grad.copy_(self._reduced(theta.grad, "mean"))
         self._healthy = self._find_healthy(losses, tasks)
+        theta.grad.masked_fill_(~self._healthy.unsqueeze(1), 0.0)
         frozen = {index: theta.detach()[index].clone() for index in self._frozen}
 
-        matrix = self._transfer_matrix(losses, tasks)
-        mixing = None if matrix is None else self.population.transfer_step(matrix, self._healthy, self._columns)
+        # Under autocast the product would be of half precision, and its rows would no longer sum to one.
+        with torch.autocast(theta.device.type, enabled=False):
+            matrix = self._transfer_matrix(losses, tasks)
+            mixing = None if matrix is None else self.population.transfer_step(matrix, self._healthy, self._columns)
         optimizer.step()  # type: ignore[union-attr]
         if matrix is not None and mixing is not None:
-            theta.data.add_(mixing)
-            self.population.mix_buffers(matrix, self._healthy, self._transfer_parameters)
+            with torch.autocast(theta.device.type, enabled=False):
+                theta.data.add_(mixing)
+                self.population.mix_buffers(matrix, self._healthy, self._transfer_parameters)
 
         for index, row in frozen.items():
             theta.data[index] = row
@@ -293,10 +371,7 @@ class MT2OModule(MultiTaskModule):
         self.step_schedulers("step")
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Drop the gradients of failed subproblems and clip the others, after any gradient scaling is undone."""
-        gradient = self.population.theta.grad
-        if gradient is not None:
-            gradient.masked_fill_(~self._healthy.unsqueeze(1), 0.0)
+        """Clip the gradient of each subproblem, after any gradient scaling is undone."""
         if self.gradient_clip_norm is not None:
             self.population.clip_grad_norm_(self.gradient_clip_norm)
 
@@ -307,7 +382,7 @@ class MT2OModule(MultiTaskModule):
             return None
         matrix: Tensor = self.transfer(
             TransferContext(
-                preferences=self._preferences,
+                preferences=self.preferences,
                 losses=losses,
                 parameters=self.population.theta.detach(),
                 step=self._transfers,
@@ -333,12 +408,13 @@ class MT2OModule(MultiTaskModule):
     def _choose_backend(self, inputs: Any, targets: Any, independent: bool) -> None:
         if self._timed_size == self.population.size:
             return
-        if self.trainer.is_global_zero:
+        backend = None
+        if self.trainer.is_global_zero and targets:
             backend = self.population.choose_backend(self.loss_vector, inputs, targets, independent)
-        else:
-            backend = self.population.active_backend
-        self.population.active_backend = self.trainer.strategy.broadcast(backend)
-        self._timed_size = self.population.size
+        backend = self.trainer.strategy.broadcast(backend)
+        if backend is not None:
+            self.population.active_backend = backend
+            self._timed_size = self.population.size
 
     def _reduced(self, tensor: Tensor, operation: Literal["mean", "sum"]) -> Tensor:
         reduced = self.trainer.strategy.reduce(tensor, reduce_op=operation)
@@ -353,7 +429,8 @@ class MT2OModule(MultiTaskModule):
             return
         stage = self.growth.stage_at(self.batches_seen, len(self._stages))
         while self._stage < stage:
-            parents = self._stages[self._stage + 1].parents
+            sources = self._healthy_sources()
+            parents = [sources[parent] for parent in self._stages[self._stage + 1].parents]
             self._inherit(parents)
             self._enter(self._stage + 1)
             self.transfer.reset()
@@ -362,10 +439,9 @@ class MT2OModule(MultiTaskModule):
     def _enter(self, stage: int) -> None:
         """Take up the preferences of a stage, for a population that has its size."""
         self._stage = stage
-        self._preferences = self._stages[stage].preferences.to(self._preferences)
-        size = len(self._preferences)
+        self._live = self._stages[stage].preferences
+        size = len(self._live)
         self._healthy = self._healthy.new_ones(size)
-        self._loss_sums = self._loss_sums.new_zeros(size, len(self.tasks))
         self._matrix_checked = False
         self._frozen = ()
 
@@ -395,7 +471,7 @@ class MT2OModule(MultiTaskModule):
         if not failed or self._accumulated:
             return
         names = "; ".join(
-            f"subproblem {index} with preference ({', '.join(f'{weight:.3g}' for weight in self._preferences[index])})"
+            f"subproblem {index} with preference ({', '.join(f'{weight:.3g}' for weight in self.preferences[index])})"
             for index in failed
         )
         report = f"Not finite after {self.batches_seen} batches: {names}."
@@ -409,19 +485,30 @@ class MT2OModule(MultiTaskModule):
             self._frozen = (*self._frozen, *failed)
             rank_zero_warn(f"{report} It is trained no further.")
             return
-        distances = torch.cdist(self._preferences, self._preferences)[:, healthy]
-        sources = {index: healthy[int(distances[index].argmin())] for index in failed}
-        self._inherit([sources.get(index, index) for index in range(self.population.size)])
+        sources = self._healthy_sources()
+        self._inherit(sources)
         self._healthy = torch.ones_like(self._healthy)
         self.transfer.reset(failed)
-        rank_zero_warn(f"{report} Restarted from subproblem {', '.join(map(str, sources.values()))}.")
+        rank_zero_warn(f"{report} Restarted from subproblem {', '.join(str(sources[index]) for index in failed)}.")
+
+    def _healthy_sources(self) -> list[int]:
+        """Return for each subproblem itself, if it is healthy, or else the healthy one of the nearest preference."""
+        healthy = self._healthy.nonzero().flatten().tolist()
+        nearest = torch.cdist(self.preferences, self.preferences)[:, healthy].argmin(dim=1).tolist()
+        return [index if index in healthy else healthy[nearest[index]] for index in range(self.population.size)]
 
     # ----------------------------------------------------------------------------------------------------- evaluation
 
     def on_validation_epoch_start(self) -> None:
-        """Forget the last validation."""
-        self._evaluation.reset(self.population.size)
-        self._evaluated = False
+        """Forget the last validation; see that no failed subproblem and no rank's own statistics are validated."""
+        if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
+            self._heal()
+        if self.trainer.world_size > 1:
+            for buffer in self.population.network.buffers():
+                if buffer.is_floating_point():
+                    buffer.copy_(self._reduced(buffer.clone(), "mean"))
+        self._evaluation.reset(self.population.size, self.device)
+        self._evaluated = True
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Take in one batch of the validation set."""
@@ -430,6 +517,7 @@ class MT2OModule(MultiTaskModule):
     def on_validation_epoch_end(self) -> None:
         """Log the means over the subproblems."""
         self._log_evaluation("val")
+        super().on_validation_epoch_end()
 
     def on_test_epoch_start(self) -> None:
         """Forget the last test."""
@@ -447,18 +535,21 @@ class MT2OModule(MultiTaskModule):
             self.log_dict({f"test_{name}/{index}": value for index, value in enumerate(column)}, sync_dist=True)
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
-        """Return the predictions of all subproblems, task name to tensor of shape ``(P, B, ...)``."""
-        inputs, _ = self.unpack_batch(batch)
-        return self(inputs)
+        """Return the predictions of all subproblems, task name to tensor of shape ``(P, B, ...)``.
+
+        A batch that is not a pair is taken for the inputs.
+        """
+        labelled = isinstance(batch, Sequence) and len(batch) == 2
+        return self(self.unpack_batch(batch)[0] if labelled else batch)
 
     def _evaluate(self, batch: Any) -> None:
         inputs, targets = self.unpack_batch(batch)
-        tasks = self.labelled_tasks(targets)
-        if not tasks:
+        labels = {task: count for task, count in enumerate(self.count_labels(targets).tolist()) if count}
+        if not labels:
             return
-        present = {self.task_names[task]: targets[self.task_names[task]] for task in tasks}
+        present = {self.task_names[task]: targets[self.task_names[task]] for task in labels}
         outputs, losses = self.population.evaluate(self._outputs_and_losses, inputs, present)
-        self._evaluation.update(outputs, losses, present, tasks)
+        self._evaluation.update(outputs, losses, present, labels)
         self._evaluated = True
 
     def _outputs_and_losses(self, outputs: Any, targets: Mapping[str, Tensor]) -> tuple[Any, Tensor]:
@@ -479,7 +570,7 @@ class MT2OModule(MultiTaskModule):
     def _log_training(self, losses: Tensor, tasks: tuple[int, ...], batch_idx: int) -> None:
         # A call to `log` costs about a millisecond, so it is made only when loggers take the values in.
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by a connector
-        if batch_idx % every and not self.trainer.is_last_batch:
+        if (self.batches_seen + 1) % every and batch_idx and not self.trainer.is_last_batch:
             return
         columns = {f"train_loss/{self.task_names[task]}": losses[:, task].nanmean() for task in tasks}
         self.log_dict(columns)
@@ -509,8 +600,7 @@ class MT2OModule(MultiTaskModule):
             "backend": self.population.active_backend,
             "timed_size": self._timed_size,
             "gradient": gradient,
-            "loss_sums": self._loss_sums,
-            "loss_counts": list(self._loss_counts),
+            "losses_of_step": self._losses_of_step.state_dict(),
             "objective_values": self._final_values,
             "metric_values": dict(self._final_metrics),
         }
@@ -530,8 +620,7 @@ class MT2OModule(MultiTaskModule):
         self._enter(stage)
         device = self._healthy.device
         self._healthy = state["healthy"].to(device)
-        self._loss_sums = state["loss_sums"].to(device)
-        self._loss_counts = list(state["loss_counts"])
+        self._losses_of_step.load_state_dict(state["losses_of_step"], device)
         self._transfers = state["transfers"]
         self._transferred_at = state["transferred_at"]
         self._frozen = tuple(state["frozen"])

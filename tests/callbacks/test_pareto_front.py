@@ -253,6 +253,27 @@ def test_two_instances_with_their_own_folders(
         make_trainer(*shared).fit(population(script))
 
 
+def test_two_instances_with_the_same_objectives_are_refused(
+    population: Callable[..., Any], make_trainer: Callable[..., pl.Trainer], tmp_path: Path
+) -> None:
+    twins = [ParetoFrontCallback(dirpath=tmp_path / name) for name in ("one", "two")]
+    with pytest.raises(ValueError, match="should have `objectives` of its own"):
+        make_trainer(*twins).fit(population(torch.rand(3, 4, 2)))
+
+
+def test_a_stopped_run_leaves_its_front(
+    population: Callable[..., Any], make_trainer: Callable[..., pl.Trainer], tmp_path: Path
+) -> None:
+    class Stop(pl.Callback):
+        def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            if trainer.current_epoch == 2:
+                raise RuntimeError("stopped")
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        make_trainer(ParetoFrontCallback(dirpath=tmp_path, figure_every=0), Stop()).fit(population(torch.rand(3, 4, 2)))
+    assert (tmp_path / "front.png").exists()
+
+
 def test_state_of_other_objectives_is_refused() -> None:
     state = ParetoFrontCallback(NAMES).state_dict()
     state["rows"] = [{"epoch": 0, "step": 1, "subproblem": 0, "other": 1.0}]

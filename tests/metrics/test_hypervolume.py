@@ -1,4 +1,3 @@
-import socket
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -72,9 +71,10 @@ def test_nonfinite_points_are_refused() -> None:
         Hypervolume(reference_point=(1.0, 1.0)).update(torch.tensor([[0.5, float("nan")]]))
 
 
-def _worker(rank: int, port: int, folder: str) -> None:
+def _worker(rank: int, folder: str) -> None:
+    # A file, not a port: the store must not end with the first process that does.
     torch.distributed.init_process_group(
-        "gloo", f"tcp://127.0.0.1:{port}", timeout=timedelta(seconds=60), rank=rank, world_size=3
+        "gloo", f"file://{folder}/store", timeout=timedelta(seconds=60), rank=rank, world_size=3
     )
     metric = Hypervolume(reference_point=(4.0, 4.0))
     # Unequal numbers of points, and rank 2 has seen no batch at all.
@@ -83,15 +83,13 @@ def _worker(rank: int, port: int, folder: str) -> None:
     elif rank == 1:
         metric.update(torch.tensor([[2.0, 2.0]]))
     Path(folder, str(rank)).write_text(str(metric.compute().item()))
+    torch.distributed.barrier()  # nobody leaves while another still reads
     torch.distributed.destroy_process_group()
 
 
 def test_processes_agree_on_the_union(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     launch: Any = start_processes
-    context = launch(_worker, (port, str(tmp_path)), 3, join=False, start_method="fork")
+    context = launch(_worker, (str(tmp_path),), 3, join=False, start_method="fork")
     deadline = time.monotonic() + 60
     while not context.join(timeout=1):  # true once all have ended; raises what a process raised
         if time.monotonic() > deadline:

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import copy
+import csv
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -12,20 +14,24 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchmetrics import MeanAbsoluteError, MeanSquaredError, MetricCollection
 
+from mtl_lightning.callbacks import HypervolumeCallback, ParetoFrontCallback
 from mtl_lightning.callbacks.objectives import is_population
+from mtl_lightning.datamodules import MultiDigitsDataModule
 from mtl_lightning.growth import Doubling
 from mtl_lightning.modules import MT2OModule
-from mtl_lightning.networks import LeNetEncoder, MultiHeadNetwork
+from mtl_lightning.networks import MLP, LeNetEncoder, MultiHeadNetwork
 from mtl_lightning.pareto import hypervolume
 from mtl_lightning.preferences import simplex_lattice
 from mtl_lightning.problems import DTLZ2, VLMOP1, Fonseca, Problem
 from mtl_lightning.protocols import PopulationProtocol
-from mtl_lightning.scalarization import Chebyshev, Linear, SmoothChebyshev
+from mtl_lightning.scalarization import Chebyshev, Linear, SmoothChebyshev, TrackedIdeal
 from mtl_lightning.task import Task
 from mtl_lightning.transfer import (
     AdvantageTransfer,
@@ -210,7 +216,7 @@ def _solve(
         tasks=count,
         preferences=arguments.pop("preferences", simplex_lattice(num_tasks=len(count), num_divisions=size - 1)),
         scalarization=scalarization,  # type: ignore[arg-type]
-        transfer=arguments.pop("transfer", NeighborTransfer(decay=0.99)),
+        transfer=arguments.pop("transfer", NeighborTransfer()),
         optimizer=partial(torch.optim.Adam, lr=lr),
         backend="vmap",
         **arguments,
@@ -513,6 +519,34 @@ def test_objective_values_before_a_validation_say_what_to_do() -> None:
         _ = mt2o().objective_values
 
 
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_predict_takes_plain_inputs(batch_size: int) -> None:
+    inputs: DataLoader[Any] = DataLoader(Pairs().inputs, batch_size=batch_size)  # type: ignore[arg-type]
+    predictions = trainer(limit_predict_batches=1).predict(mt2o(), inputs)
+    assert predictions is not None
+    assert predictions[0]["a"].shape == (4, batch_size, 1)  # type: ignore[call-overload]
+
+
+def test_a_validation_without_labels_repeats_no_old_values() -> None:
+    module, run = mt2o(), trainer()
+    run.validate(module, loader(), verbose=False)
+    empty = [
+        (inputs, {name: torch.full_like(t, torch.nan) for name, t in targets.items()}) for inputs, targets in loader()
+    ]
+    run.validate(module, DataLoader(empty, batch_size=None), verbose=False)  # type: ignore[arg-type]
+    assert module.objective_values.isnan().all()
+
+
+def test_means_are_over_labels() -> None:
+    module = mt2o()
+    values = []
+    for batch_size in (8, 16):
+        data = DataLoader(_Unlabelled(), batch_size=batch_size)
+        trainer().validate(module, data, verbose=False)
+        values.append(module.objective_values)
+    torch.testing.assert_close(values[0], values[1])
+
+
 def test_validate_test_and_predict_run_alone() -> None:
     module, run = mt2o(), trainer()
     run.validate(module, loader(), verbose=False)
@@ -575,7 +609,7 @@ class _LeftOut(TransferRule):
 
 
 @pytest.mark.parametrize("backend", ["vmap", "loop"])
-@pytest.mark.parametrize("rule", ["neighbor", "proportional"])
+@pytest.mark.parametrize("rule", [name for name in RULES if name != "none"])
 def test_a_frozen_subproblem_stays_alone(rule: str, backend: str) -> None:
     sick = mt2o(transfer=RULES[rule](), on_nonfinite="freeze", backend=backend, optimizer=OPTIMIZERS["adam"])
     with pytest.warns(UserWarning, match=r"Not finite.*subproblem 1 with preference \(0\.333, 0\.667\)"):
@@ -639,6 +673,85 @@ def test_raise_stops_the_run_and_names_the_preference() -> None:
     module = mt2o(on_nonfinite="raise")
     with pytest.raises(FloatingPointError, match=r"subproblem 2 with preference \(0\.667, 0\.333\).*learning rate"):
         trainer(callbacks=[_Poison(2, 1)]).fit(module, loader())
+
+
+def test_raise_does_not_overlook_the_last_batch() -> None:
+    with pytest.raises(FloatingPointError, match="subproblem 2"):
+        trainer(callbacks=[_Poison(2, 4)]).fit(mt2o(on_nonfinite="raise"), loader())  # the last of 5 batches
+
+
+def test_children_of_a_frozen_subproblem_come_from_a_healthy_one() -> None:
+    module = mt2o(on_nonfinite="freeze", growth=Doubling(every_n_batches=4))
+    with pytest.warns(UserWarning, match="trained no further"):
+        trainer(callbacks=[_Poison(0, 5)], max_epochs=2).fit(module, loader())
+    assert module.population.size == 4
+    assert torch.isfinite(rows(module)).all()
+
+
+@pytest.mark.parametrize("answer", ["freeze", "reseed"])
+def test_a_sick_subproblem_does_not_stop_the_others_under_a_gradient_scaler(answer: str) -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    module = mt2o(on_nonfinite=answer)
+    before = rows(module)
+    precision = MixedPrecision("16-mixed", "cpu", scaler)
+    with pytest.warns(UserWarning, match="Not finite"):
+        trainer(callbacks=[_Poison(1, 1)], plugins=[precision], max_epochs=2).fit(module, loader())
+    assert scaler.get_scale() == 8.0  # no step was skipped
+    assert torch.isfinite(rows(module)[[0, 2, 3]]).all()
+    assert ((rows(module) - before)[[0, 2, 3]].norm(dim=1) > 0.1).all()
+
+
+# -------------------------------------------------------------------------------------------------------- precision
+
+
+def test_transfer_is_exact_under_mixed_precision() -> None:
+    module = mt2o(
+        transfer=NeighborTransfer(0.37, decay=1.0),
+        optimizer=partial(torch.optim.SGD, lr=0.0),
+        network=network(dropout=0.1),
+    )
+    before = rows(module)
+    trainer(precision="bf16-mixed", max_epochs=4).fit(module, loader())
+    # All rows are equal: whatever the matrix, their mixture is the same row, to rounding in single precision.
+    torch.testing.assert_close(rows(module), before, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
+@pytest.mark.parametrize("backend", ["vmap", "loop"])
+def test_precisions_train(precision: Any, backend: str) -> None:
+    module = mt2o(backend=backend, transfer=AdvantageTransfer(), growth=Doubling(every_n_batches=2))
+    run = trainer(precision=precision, max_epochs=2)
+    run.fit(module, loader(), loader(size=27))
+    first = mt2o()
+    trainer().validate(first, loader(size=27), verbose=False)
+    assert (module.objective_values < first.objective_values).all()
+
+
+def test_objective_values_are_summed_in_single_precision() -> None:
+    module = mt2o()
+    long = DataLoader(Pairs(6000), batch_size=8)
+    trainer(precision="bf16-true").validate(module, long, verbose=False)
+    values = module.objective_values
+    module.float()
+    torch.testing.assert_close(values, _reference_values(module, Pairs(6000)), rtol=0.02, atol=0.02)
+
+
+def test_the_logged_training_loss_is_that_of_its_step(tmp_path: Path) -> None:
+    class Losses(Callback):
+        def __init__(self) -> None:
+            self.values: list[float] = []
+
+        def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            inputs, targets = batch
+            losses = pl_module.population.evaluate(pl_module.loss_vector, inputs, targets)
+            self.values.append(losses.mean().item())
+
+    losses, logger = Losses(), CSVLogger(tmp_path)
+    trainer([losses], max_epochs=3, logger=logger, log_every_n_steps=3).fit(mt2o(), loader())
+    with Path(logger.log_dir, "metrics.csv").open() as file:
+        logged = {int(row["step"]): float(row["train_loss"]) for row in csv.DictReader(file) if row["train_loss"]}
+    assert set(logged) >= {2, 5, 8, 11, 14}
+    assert logged == pytest.approx({step: losses.values[step] for step in logged}, rel=1e-5)
 
 
 # --------------------------------------------------------------------------------------------------------- resuming
@@ -714,6 +827,58 @@ def _assert_equal_states(found: Mapping[str, Any], expected: Mapping[str, Any], 
             assert found[key] == value, key
 
 
+def _observed_run(folder: Path, callbacks: Sequence[Callback], **arguments: Any) -> tuple[MT2OModule, Trainer]:
+    """A run whose archive, curve, reference point, ideal point and plateau depend on every validation."""
+    seed_everything(3)
+    module = mt2o(
+        network=MultiHeadNetwork(MLP(100, [8]), {name: nn.Linear(8, 10) for name in ("left", "right")}),
+        tasks=[Task(name, nn.CrossEntropyLoss()) for name in ("left", "right")],
+        optimizer=partial(torch.optim.Adam, lr=1e-2),
+        scalarization=Chebyshev(ideal=TrackedIdeal(2)),
+        transfer=AdvantageTransfer(),
+        lr_scheduler=partial(torch.optim.lr_scheduler.ReduceLROnPlateau, patience=0, threshold=0.5),
+        lr_scheduler_monitor="val_loss",
+        on_nonfinite="reseed",
+    )
+    return module, trainer(callbacks, max_epochs=3, default_root_dir=str(folder), **arguments)
+
+
+@pytest.mark.filterwarnings("ignore:Not finite")
+@pytest.mark.parametrize("interval", [{}, {"val_check_interval": 2}, {"check_val_every_n_epoch": 2}], ids=str)
+def test_archive_and_reference_point_are_those_of_the_uninterrupted_run(
+    interval: dict[str, Any], tmp_path: Path
+) -> None:
+    def observers(folder: Path) -> list[Callback]:
+        front, curve = ParetoFrontCallback(dirpath=folder, figure_every=0), HypervolumeCallback(dirpath=folder)
+        return [front, curve, _Poison(1, 2)]
+
+    def state(module: MT2OModule, run: Trainer) -> dict[str, Any]:
+        front, curve = run.callbacks[0], run.callbacks[1]  # type: ignore[attr-defined]
+        optimizer = run.optimizers[0]
+        return {
+            "module": module.state_dict(),
+            "optimizer": optimizer.state_dict()["state"][0] | {"lr": optimizer.param_groups[0]["lr"]},
+            "archive": {str(index): row for index, row in enumerate(front.archive)},
+            "curve": {str(index): row for index, row in enumerate(curve.curve)},
+            "reference_point": curve.reference_point,
+        }
+
+    def data() -> MultiDigitsDataModule:
+        return MultiDigitsDataModule(num_train=160, num_val=96, num_test=32, batch_size=32)
+
+    save = SaveAfterEachBatch(tmp_path)
+    module, run = _observed_run(tmp_path, [*observers(tmp_path / "whole"), save], **interval)
+    run.fit(module, datamodule=data())
+    expected = state(module, run)
+    assert len(save.paths) == 15
+    for index, path in enumerate(save.paths):
+        folder = tmp_path / f"resumed-{index}"
+        resumed, again = _observed_run(tmp_path, observers(folder), **interval)
+        seed_everything(99)
+        again.fit(resumed, datamodule=data(), ckpt_path=str(path))
+        _assert_equal_states(state(resumed, again), expected)
+
+
 def test_a_checkpoint_of_another_population_is_refused(tmp_path: Path) -> None:
     module, run = mt2o(), trainer()
     run.fit(module, loader())
@@ -753,35 +918,63 @@ class _WriteRows(Callback):
         torch.save({"theta": rows(pl_module), "values": values}, self.folder / f"rank-{trainer.global_rank}.pt")
 
 
+@pytest.mark.parametrize("scalarization", [Linear(), SmoothChebyshev(mu=0.1)], ids=["linear", "chebyshev"])
 @pytest.mark.parametrize("rule", ["none", "neighbor", "distance", "advantage"])
-def test_two_ranks_with_half_batches_equal_one_process(rule: str, tmp_path: Path) -> None:
+def test_two_ranks_with_half_batches_equal_one_process(rule: str, scalarization: Any, tmp_path: Path) -> None:
     def build() -> MT2OModule:
-        return mt2o(transfer=RULES[rule](), growth=Doubling(every_n_batches=2), gradient_clip_norm=0.5)
+        return mt2o(
+            transfer=RULES[rule](),
+            scalarization=scalarization,
+            growth=Doubling(every_n_batches=2),
+            gradient_clip_norm=0.5,
+        )
 
+    _assert_ranks_equal_one(build, list(loader(batch_size=8)), tmp_path)
+
+
+def test_two_ranks_equal_one_process_where_labels_are_missing_on_one(tmp_path: Path) -> None:
+    class Masked(nn.Module):
+        def forward(self, preds: Tensor, target: Tensor) -> Tensor:
+            known = ~target.isnan()
+            return torch.where(known, preds - target, 0.0).square().sum() / known.sum()
+
+    def build() -> MT2OModule:
+        return mt2o(tasks=[Task("a", nn.MSELoss()), Task("b", Masked())], scalarization=Chebyshev(), backend="auto")
+
+    batches = list(loader(batch_size=8))
+    for index, (_, targets) in enumerate(batches):
+        targets["b"][index % 2 :: 2] = torch.nan  # all of one rank's
+        targets["b"][:3] = torch.nan  # and an unequal number of the other's
+    for name in ("a", "b"):
+        batches[2][1][name][:] = torch.nan  # nobody has a label
+    _assert_ranks_equal_one(build, batches, tmp_path)
+
+
+def _assert_ranks_equal_one(build: Callable[[], MT2OModule], batches: list[Any], folder: Path) -> None:
     alone = build()
-    trainer(max_epochs=2).fit(alone, loader(batch_size=8), loader(batch_size=8))
-
-    from datetime import timedelta
-
+    trainer(max_epochs=2).fit(alone, _Interleaved(batches), _Interleaved(batches))
     strategy = DDPStrategy(start_method="fork", process_group_backend="gloo", timeout=timedelta(seconds=60))
-    run = trainer([_WriteRows(tmp_path)], max_epochs=2, devices=2, strategy=strategy, use_distributed_sampler=False)
-    run.fit(build(), _Interleaved(), _Interleaved())
-    ranks = [torch.load(tmp_path / f"rank-{rank}.pt", weights_only=True) for rank in range(2)]
+    run = trainer([_WriteRows(folder)], max_epochs=2, devices=2, strategy=strategy, use_distributed_sampler=False)
+    run.fit(build(), _Interleaved(batches), _Interleaved(batches))
+    ranks = [torch.load(folder / f"rank-{rank}.pt", weights_only=True) for rank in range(2)]
     assert torch.equal(ranks[0]["theta"], ranks[1]["theta"])
     torch.testing.assert_close(ranks[0]["theta"], rows(alone), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(ranks[0]["values"], alone.objective_values, rtol=1e-6, atol=1e-6)
 
 
 class _Interleaved:
-    """Every batch of 8 split into two halves, one for each rank; all of it without a process group."""
+    """Every batch split into two halves, one for each rank; all of it without a process group."""
+
+    def __init__(self, batches: list[Any]) -> None:
+        self.batches = batches
 
     def __len__(self) -> int:
-        return 5
+        return len(self.batches)
 
     def __iter__(self) -> Any:
         distributed = torch.distributed
         rank, size = (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
-        for inputs, targets in loader(batch_size=8):
+        for inputs, targets in self.batches:
             yield inputs[rank::size], {name: target[rank::size] for name, target in targets.items()}
 
 
@@ -865,8 +1058,45 @@ def test_a_batch_smaller_than_the_population_is_refused_when_independent() -> No
 def test_a_batch_of_another_form_asks_for_unpack_batch() -> None:
     data: DataLoader[Any] = DataLoader([torch.zeros(6)] * 4, batch_size=2)  # type: ignore[arg-type]
     module = mt2o()
-    with pytest.raises(ValueError, match="targets should be a dict"):
+    with pytest.raises(ValueError, match=r"Found Tensor.*Override `unpack_batch`"):
         trainer().fit(module, data)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"network": "mlp"}, "network"),
+        ({"scalarization": "Linear"}, "scalarization"),
+        ({"transfer": NoTransfer}, "transfer"),
+        ({"growth": 3}, "growth"),
+        ({"transfer_parameters": "encoder.*"}, "list of patterns"),
+        ({"accumulate_batches": 1.5}, "accumulate_batches"),
+        ({"transfer_every": 2.0}, "transfer_every"),
+        ({"chunk_size": 2.5}, "chunk_size"),
+    ],
+)
+def test_constructor_refuses_kinds(arguments: dict[str, Any], match: str) -> None:
+    with pytest.raises(TypeError, match=match):
+        mt2o(**arguments)
+
+
+def test_an_ideal_point_of_the_wrong_length_is_refused() -> None:
+    with pytest.raises(ValueError, match="3"):
+        mt2o(scalarization=Chebyshev(ideal=(0.0, 0.0, 5.0)))
+
+
+def test_targets_that_are_no_tensors_are_named() -> None:
+    data: DataLoader[Any] = DataLoader([(torch.zeros(6), {"a": torch.zeros(1), "b": "x"})] * 4, batch_size=2)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"target of task 'b' should be a tensor.*list"):
+        trainer().fit(mt2o(), data)
+
+
+def test_layers_that_were_replaced_are_refused() -> None:
+    module = mt2o(network=network(dropout=0.1))
+    convert: Any = nn.SyncBatchNorm.convert_sync_batchnorm
+    module.population.network = convert(module.population.network)
+    with pytest.raises(RuntimeError, match="sync_batchnorm"):
+        trainer().fit(module, loader())
 
 
 class _Recurrent(nn.Module):
