@@ -106,11 +106,6 @@ class ParetoFrontCallback(ObjectivesCallback):
                 f"Each `ParetoFrontCallback` should have a `dirpath` of its own. Found {str(self.folder)!r} twice."
             )
 
-        if any(twin.reader.given == self.reader.given for twin in twins):
-            raise ValueError(
-                f"Each `ParetoFrontCallback` should have `objectives` of its own. Found {self.reader.given} twice."
-            )
-
     def observe(self, trainer: pl.Trainer, pl_module: pl.LightningModule, points: Points, can_log: bool) -> None:
         """Add the points, write the tables, draw the figure."""
         self._rows += self._as_rows(trainer, points)

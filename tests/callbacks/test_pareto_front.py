@@ -253,14 +253,6 @@ def test_two_instances_with_their_own_folders(
         make_trainer(*shared).fit(population(script))
 
 
-def test_two_instances_with_the_same_objectives_are_refused(
-    population: Callable[..., Any], make_trainer: Callable[..., pl.Trainer], tmp_path: Path
-) -> None:
-    twins = [ParetoFrontCallback(dirpath=tmp_path / name) for name in ("one", "two")]
-    with pytest.raises(ValueError, match="should have `objectives` of its own"):
-        make_trainer(*twins).fit(population(torch.rand(3, 4, 2)))
-
-
 def test_a_stopped_run_leaves_its_front(
     population: Callable[..., Any], make_trainer: Callable[..., pl.Trainer], tmp_path: Path
 ) -> None:
