@@ -225,7 +225,8 @@ def _minimise_energy(start: Tensor, num_fixed: int, power: float, num_steps: int
         (gradient,) = torch.autograd.grad(energy, free)
         free.grad = gradient - gradient.mean(dim=-1, keepdim=True)  # along the simplex
         adam.param_groups[0]["lr"] = step_size * (1 - step / num_steps)
-        adam.step()
+        with torch.device("cpu"):  # where older releases make the optimiser's counter, whatever the device context
+            adam.step()
         free.data = _project_to_simplex(free.data)
     return best
 
