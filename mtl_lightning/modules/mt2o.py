@@ -278,7 +278,7 @@ class MT2OModule(MultiTaskModule):
         The mean over ranks of the weighted losses is the mean over all labels, shape ``(T,)``.
         """
         total = self._reduced(labels.clone(), "sum")
-        here, anywhere = torch.stack([labels, total]).tolist()  # the one wait for the device in a batch
+        here, anywhere = torch.stack([labels, total]).tolist()  # waits for the device
         shares = labels * self.trainer.world_size / total.clamp(min=1.0)
         own = tuple(task for task, count in enumerate(here) if count)
         return own, tuple(task for task, count in enumerate(anywhere) if count), shares
