@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 OWN = "mtl_lightning"
 
 # Layer: the own layers it may import, and the third parties.
-_CORE = {"torch", "numpy", "scipy", "moocore"}
+_CORE = {"torch", "numpy", "scipy", "moocore", "sklearn"}
 _LIGHTNING = {"lightning", "torchmetrics", "torch", "numpy"}
 ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "core": ({"core"}, _CORE),
