@@ -194,6 +194,9 @@ class Population(nn.Module):
             inputs: What the network is called with; shared by all subproblems.
             targets: Anything ``function`` understands.
             per_subproblem: Inputs and targets carry a leading dimension ``P``, one slice for each subproblem.
+
+        Raises:
+            RuntimeError: If vmap is the backend and cannot run the network or ``function``.
         """
         return self._run(self.theta, slice(None), function, inputs, targets, per_subproblem)
 

@@ -82,7 +82,11 @@ class MultiTaskModule(LightningModule):
     # --------------------------------------------------------------------------------------- to be overridden at will
 
     def unpack_batch(self, batch: Any) -> tuple[Any, dict[str, Tensor]]:
-        """Return the inputs of the network and the targets, task name to tensor."""
+        """Return the inputs of the network and the targets, task name to tensor.
+
+        Raises:
+            ValueError: If the batch is not a pair.
+        """
         if not isinstance(batch, Sequence) or len(batch) != 2:
             raise UserInputError(
                 f"A batch should be `(inputs, targets)`. Found {type(batch).__name__}. Override `unpack_batch` for it."
@@ -107,7 +111,11 @@ class MultiTaskModule(LightningModule):
         return tuple(task.name for task in self.tasks)
 
     def loss_vector(self, outputs: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> Tensor:
-        """Return the losses of the tasks in ``targets``, checked, in the order of the tasks; float32, ``(T',)``."""
+        """Return the losses of the tasks in ``targets``, in the order of the tasks; float32, shape ``(T',)``.
+
+        Raises:
+            ValueError: If the outputs are no dict or lack a task, or a loss is not a scalar.
+        """
         if not isinstance(outputs, Mapping):
             raise UserInputError(
                 f"The network should return a dict, task name to prediction. Found {type(outputs).__name__}."
@@ -125,7 +133,11 @@ class MultiTaskModule(LightningModule):
         return torch.stack([losses[name].float() for name in names])
 
     def count_labels(self, targets: Mapping[str, Tensor]) -> Tensor:
-        """Return the number of labels of each task in the batch, float32, shape ``(T,)``."""
+        """Return the number of labels of each task in the batch, float32, shape ``(T,)``.
+
+        Raises:
+            ValueError: If the targets are no dict, lack a task, or hold something else than tensors.
+        """
         if not isinstance(targets, Mapping):
             raise UserInputError(f"The targets should be a dict, task name to tensor. Found {type(targets).__name__}.")
         _check_names("The targets", targets, self.task_names)

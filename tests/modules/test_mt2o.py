@@ -919,7 +919,7 @@ class _WriteRows(Callback):
 
 
 @pytest.mark.parametrize("scalarization", [Linear(), SmoothChebyshev(mu=0.1)], ids=["linear", "chebyshev"])
-@pytest.mark.parametrize("rule", ["none", "neighbor", "distance", "advantage"])
+@pytest.mark.parametrize("rule", RULES)
 def test_two_ranks_with_half_batches_equal_one_process(rule: str, scalarization: Any, tmp_path: Path) -> None:
     def build() -> MT2OModule:
         return mt2o(
