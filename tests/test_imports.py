@@ -18,7 +18,7 @@ _LIGHTNING = {"lightning", "torchmetrics", "torch", "numpy"}
 ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "core": ({"core"}, _CORE),
     "metrics": ({"core", "metrics"}, {"torch", "torchmetrics"}),
-    "networks": ({"core", "networks"}, {"torch"}),
+    "networks": ({"core", "networks"}, {"torch", "timm"}),
     "modules": ({"core", "metrics", "modules"}, _LIGHTNING),
     "callbacks": ({"core", "metrics", "callbacks"}, _LIGHTNING | {"matplotlib"}),
     "datamodules": ({"core", "datamodules"}, _LIGHTNING | {"torchvision", "sklearn"}),

@@ -6,16 +6,31 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mtl_lightning.networks import MLP, ConvEncoder, LeNetEncoder, MultiHeadNetwork, VisionTransformerEncoder
+from mtl_lightning.networks import (
+    MLP,
+    ConvEncoder,
+    DenseHead,
+    EncoderDecoder,
+    LeNetEncoder,
+    MultiHeadNetwork,
+    VisionTransformerEncoder,
+)
 
 ENCODERS: list[Callable[[], nn.Module]] = [
     lambda: MLP(400, (8, 6)),
     lambda: LeNetEncoder(image_size=20),
     lambda: VisionTransformerEncoder(image_size=20, patch_size=5, width=16, depth=2),
     lambda: ConvEncoder((4, 6)),
+    lambda: EncoderDecoder((4, 6), in_channels=1),
     lambda: MultiHeadNetwork(ConvEncoder((4,)), {"left": nn.Linear(4, 3), "right": nn.Linear(4, 1)}),
+    lambda: MultiHeadNetwork(
+        EncoderDecoder((4, 6, 8), in_channels=1, stride=2),
+        {"left": DenseHead(6, 2, scale_factor=2), "right": DenseHead(6, 2, hidden=4, scale_factor=2)},
+    ),
 ]
-networks = pytest.mark.parametrize("make", ENCODERS, ids=["MLP", "LeNet", "ViT", "Conv", "MultiHead"])
+networks = pytest.mark.parametrize(
+    "make", ENCODERS, ids=["MLP", "LeNet", "ViT", "Conv", "EncoderDecoder", "MultiHead", "DenseMultiHead"]
+)
 training = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 
 
