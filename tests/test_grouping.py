@@ -15,6 +15,8 @@ from mtl_lightning import grouping
 from mtl_lightning.grouping import (
     AffinityPropagation,
     AllTogether,
+    Exemplars,
+    Fisher,
     Fixed,
     GroupingRule,
     Heterogeneous,
@@ -30,6 +32,7 @@ MAKERS: dict[type[GroupingRule], Callable[[int], GroupingRule]] = {
     Fixed: lambda size: Fixed([list(range(0, size, 2)), *([list(range(1, size, 2))] if size > 1 else [])]),
     RandomGroups: lambda size: RandomGroups(min(size, 2)),
     SizeMatchedRandom: lambda size: SizeMatchedRandom(AffinityPropagation()),
+    Fisher: lambda size: _fisher(size),
 }
 RULES: list[type[GroupingRule]] = [
     value
@@ -38,7 +41,7 @@ RULES: list[type[GroupingRule]] = [
 ]
 rules = pytest.mark.parametrize("rule_type", RULES, ids=lambda rule: rule.__name__)
 # Those whose partition is a function of the affinity alone, as long as messages converge.
-readers = pytest.mark.parametrize("rule_type", [AffinityPropagation, Heterogeneous, Threshold])
+readers = pytest.mark.parametrize("rule_type", [AffinityPropagation, Exemplars, Heterogeneous, Threshold])
 propagations = pytest.mark.parametrize("rule_type", [AffinityPropagation, Heterogeneous])
 
 SINGLETONS = [[0], [1], [2], [3]]
@@ -65,6 +68,12 @@ DEGENERATE = [
     pytest.param(lambda t, _: torch.randn(t, t).double() * 1e-310, id="subnormal"),
     pytest.param(lambda t, _: torch.full((t, t), torch.finfo(torch.float64).max, dtype=torch.float64), id="greatest"),
     pytest.param(lambda t, _: torch.randn(t, t) * torch.logspace(-20, 10, t), id="wide"),
+    pytest.param(lambda t, _: torch.outer(torch.rand(t), torch.rand(t)), id="rank-one"),
+    pytest.param(lambda t, _: torch.outer(torch.randn(t), torch.randn(t)), id="rank-one-signed"),
+    pytest.param(lambda t, _: torch.randn(t, t).fill_diagonal_(-1.0), id="negative-diagonal"),
+    pytest.param(lambda t, _: torch.randn(t, t) * 1e-30, id="tiny"),
+    pytest.param(lambda t, _: torch.full((t, t), 1e-8), id="constant"),
+    pytest.param(lambda t, _: torch.arange(t * t).remainder(2).reshape(t, t), id="chessboard"),
     pytest.param(lambda t, _: torch.randn(t, t).bfloat16(), id="bfloat16"),
     pytest.param(lambda t, _: torch.randint(-2, 3, (t, t)), id="integers"),
     pytest.param(lambda t, _: torch.randn(t, t, requires_grad=True), id="with-gradient"),
@@ -73,6 +82,13 @@ DEGENERATE = [
 
 def _make(rule_type: Any, size: int) -> GroupingRule:
     rule: GroupingRule = MAKERS[rule_type](size) if rule_type in MAKERS else rule_type()
+    return rule
+
+
+def _fisher(size: int, *arguments: Any) -> Fisher:
+    rule = Fisher(*arguments)
+    roots = torch.rand(size, 10, generator=torch.Generator().manual_seed(size))
+    rule.update(roots @ roots.T)
     return rule
 
 
@@ -295,6 +311,212 @@ def test_the_state_of_the_global_generator_does_not_count() -> None:
     assert partitions[0] == partitions[1] == partitions[2]
 
 
+# Exact exemplars.
+
+
+@pytest.mark.parametrize(("low", "high"), [(-1.0, 1.0), (0.0, 1.0), (-1.0, 0.0)], ids=["mixed", "positive", "negative"])
+@pytest.mark.parametrize("dissimilar", [False, True])
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 7, 11])
+def test_the_best_exemplars_always_maximise_the_objective(size: int, dissimilar: bool, low: float, high: float) -> None:
+    for seed in range(8):
+        affinity = _random(size, seed, low, high)
+        similarity = (Heterogeneous() if dissimilar else AffinityPropagation()).similarity(affinity)
+        preference = _preference(similarity)
+        best = max(_reference_values(similarity, preference).values())
+        value = _partition_value(similarity, preference, Exemplars(dissimilar=dissimilar)(affinity))
+        assert value == pytest.approx(best, abs=1e-9)
+
+
+@pytest.mark.parametrize("merge_ties", [False, True])
+@pytest.mark.parametrize("size", [3, 4, 5, 6])
+def test_messages_and_search_agree_where_messages_find_the_optimum(size: int, merge_ties: bool) -> None:
+    same = []
+    for seed in range(20):
+        rule, affinity = AffinityPropagation(merge_ties=merge_ties), _random(size, seed)
+        partition = rule(affinity)
+        if rule.converged:
+            same.append(partition == Exemplars(merge_ties=merge_ties)(affinity))
+    assert len(same) >= 15
+    assert sum(same) >= 0.9 * len(same)
+
+
+@pytest.mark.parametrize(
+    "affinity",
+    [MIXED, POSITIVE, (torch.tensor(MIXED).double() / 0.2 + 0.4).fill_diagonal_(1.0).tolist()],
+    ids=["mixed", "positive", "shifted"],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("merge_ties", [False, True])
+def test_the_best_exemplars_of_known_matrices(
+    affinity: list[list[float]], dtype: torch.dtype, merge_ties: bool
+) -> None:
+    assert Exemplars(merge_ties=merge_ties)(torch.tensor(affinity, dtype=dtype)) == PAIRS
+
+
+@pytest.mark.parametrize(("merge_ties", "expected"), [(False, [[0], [1], [2]]), (True, [[0, 1], [2]])])
+def test_the_best_exemplars_of_single_steps_tie(merge_ties: bool, expected: list[list[int]]) -> None:
+    assert Exemplars(merge_ties=merge_ties)(torch.tensor(SINGLE_STEPS, dtype=torch.float64)) == expected
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_the_best_exemplars_of_three_tasks_are_the_best_pair_or_none(seed: int) -> None:
+    affinity = _random(3, seed)
+    similarity = AffinityPropagation().similarity(affinity)
+    pair = max(itertools.combinations(range(3), 2), key=lambda pair: similarity[pair].item())
+    merged = sorted([list(pair), [({0, 1, 2} - set(pair)).pop()]])
+    assert Exemplars()(affinity) == [[0], [1], [2]]
+    assert Exemplars(merge_ties=True)(affinity) == merged
+    assert Exemplars(include_diagonal=False)(affinity) == merged
+    assert Exemplars(include_diagonal=False, merge_ties=True)(affinity) == [[0, 1, 2]]
+
+
+@pytest.mark.parametrize(
+    ("value", "together", "opposite"),
+    [(-2.0, False, True), (0.999, False, True), (1.0, False, False), (1.001, True, False), (5.0, True, False)],
+)
+def test_the_best_exemplars_of_two_tasks(value: float, together: bool, opposite: bool) -> None:
+    affinity = torch.tensor([[0.5, 0.25 * (value - 1)], [0.5 * (value + 1), 0.25]], dtype=torch.float64)
+    assert Exemplars()(affinity) == ([[0, 1]] if together else [[0], [1]])
+    assert Exemplars(dissimilar=True)(affinity) == ([[0, 1]] if opposite else [[0], [1]])
+    assert Exemplars(merge_ties=True)(torch.ones(2, 2)) == [[0, 1]]
+
+
+def test_the_best_dissimilar_exemplars_part_the_pairs() -> None:
+    assert Exemplars(dissimilar=True)(torch.tensor(CROSSED)) == [[0, 2], [1, 3]]
+    assert Exemplars()(torch.tensor(CROSSED)) == PAIRS
+
+
+@pytest.mark.parametrize("shift", [-3.0, -0.25, 0.5])
+@pytest.mark.parametrize("size", [3, 4, 5, 8, 10])
+def test_a_constant_on_the_off_diagonal_never_changes_the_best_exemplars(size: int, shift: float) -> None:
+    for seed in range(10):
+        affinity = _random(size, seed, -0.45, 0.45)
+        assert Exemplars()((affinity + shift).fill_diagonal_(1.0)) == Exemplars()(affinity)
+
+
+def test_the_best_exemplars_keep_their_groups_at_zeros() -> None:
+    rule = Exemplars()
+    assert rule(torch.zeros(4, 4)) == SINGLETONS
+    assert rule(torch.tensor(POSITIVE)) == PAIRS
+    assert _reloaded(rule, Exemplars())(torch.zeros(4, 4)) == PAIRS
+    assert rule(torch.zeros(4, 4)) == PAIRS
+    with pytest.raises(ValueError, match=r"should have shape \(4, 4\), as in the calls before.*Found \(3, 3\)"):
+        rule(torch.zeros(3, 3))
+    rule.reset()
+    assert rule(torch.zeros(4, 4)) == SINGLETONS
+
+
+def test_the_best_exemplars_are_not_searched_among_too_many() -> None:
+    message = "`Exemplars` should be given at most 16 tasks.*Found 17: use `AffinityPropagation`"
+    with pytest.raises(ValueError, match=message):
+        Exemplars()(torch.eye(17))
+    with pytest.raises(ValueError, match=message):
+        Exemplars().resolve([str(task) for task in range(17)])
+
+
+@pytest.mark.parametrize("floor", [0.0, 1.5, float("nan")])
+def test_the_floor_of_exemplars_is_checked(floor: float) -> None:
+    with pytest.raises(ValueError, match=r"`floor` should lie in \(0, 1\]"):
+        Exemplars(floor=floor)
+
+
+# Fisher information.
+
+ROOTS = torch.tensor([[1.0, 1.0, 0.0, 0.0], [2.0, 1.0, 0.0, 0.0], [0.0, 0.0, 3.0, 1.0], [0.1, 0.0, 1.0, 1.0]])
+
+
+def test_fisher_similarities_are_cosines() -> None:
+    rule = Fisher()
+    rule.update(ROOTS @ ROOTS.T)
+    cosines = torch.nn.functional.cosine_similarity(ROOTS[:, None], ROOTS, dim=-1).double()
+    assert rule.similarity is not None
+    torch.testing.assert_close(rule.similarity, cosines, atol=1e-6, rtol=0.0)
+
+
+@pytest.mark.parametrize("inner", [None, Exemplars(), AffinityPropagation(), Threshold(0.5)])
+def test_fisher_groups_similar_tasks(inner: GroupingRule | None) -> None:
+    rule = Fisher(inner)
+    rule.update(ROOTS @ ROOTS.T)
+    assert rule(torch.zeros(4, 4)) == PAIRS
+
+
+@pytest.mark.parametrize("inner", [Exemplars(dissimilar=True), Heterogeneous(damping=0.9, max_iter=1000)])
+def test_fisher_groups_dissimilar_tasks(inner: GroupingRule) -> None:
+    rule = Fisher(inner)
+    rule.update(torch.tensor([[4.0, 3.0, 0.0, 1.0], [3.0, 4.0, 1.0, 0.0], [0.0, 1.0, 4.0, 3.0], [1.0, 0.0, 3.0, 4.0]]))
+    assert rule(torch.zeros(4, 4)) == [[0, 2], [1, 3]]
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e-3, 1e8])
+def test_the_scale_of_a_loss_does_not_count_in_fisher_groups(scale: float) -> None:
+    rule, scaled, scales = Fisher(), Fisher(), torch.tensor([1.0, scale, 1.0, 1.0])
+    rule.update(ROOTS @ ROOTS.T)
+    scaled.update((ROOTS * scales[:, None]) @ (ROOTS * scales[:, None]).T)
+    assert rule.similarity is not None
+    assert scaled.similarity is not None
+    torch.testing.assert_close(scaled.similarity, rule.similarity, atol=1e-6, rtol=0.0)
+
+
+def test_fisher_does_not_read_the_affinity() -> None:
+    rule = _fisher(5)
+    assert rule(torch.full((5, 5), float("nan"))) == rule(torch.randn(5, 5))
+
+
+def test_before_the_first_update_fisher_leaves_every_task_alone() -> None:
+    rule = Fisher(AllTogether())
+    assert rule(torch.zeros(3, 3)) == [[0], [1], [2]]
+    rule.update(torch.ones(3, 3))
+    assert rule(torch.zeros(3, 3)) == [[0, 1, 2]]
+    rule.reset()
+    assert rule(torch.zeros(3, 3)) == [[0], [1], [2]]
+
+
+def test_a_task_without_gradients_resembles_none() -> None:
+    rule = Fisher(Threshold(1e-6))
+    rule.update(torch.tensor([[1.0, 0.9, 0.0], [0.9, 1.0, 0.0], [0.0, 0.0, 0.0]]))
+    assert rule(torch.zeros(3, 3)) == [[0, 1], [2]]
+
+
+def test_the_last_update_of_fisher_counts_and_is_in_checkpoints() -> None:
+    rule = Fisher()
+    rule.update(torch.eye(4))
+    rule.update(ROOTS @ ROOTS.T)
+    assert _reloaded(rule, Fisher())(torch.zeros(4, 4)) == PAIRS
+    assert _reloaded(Fisher(), rule)(torch.zeros(4, 4)) == SINGLETONS
+
+
+def test_fisher_hands_names_on() -> None:
+    rule = Fisher(Fixed([["a", "c"], ["b"]]))
+    rule.resolve(["a", "b", "c"])
+    rule.update(torch.eye(3))
+    assert rule(torch.zeros(3, 3)) == [[0, 2], [1]]
+
+
+@pytest.mark.parametrize(
+    ("gramian", "message"),
+    [
+        (torch.zeros(3), r"`gramian` should have shape \(T, T\).*Found \(3,\)"),
+        (torch.zeros(2, 3), r"Found \(2, 3\)"),
+        (torch.zeros(0, 0), r"Found \(0, 0\)"),
+        (torch.tensor([[1.0, -0.5], [-0.5, 1.0]]), r"finite products of roots, at least 0. Found -0.5"),
+        (torch.tensor([[1.0, float("nan")], [0.0, 1.0]]), "Found nan"),
+    ],
+)
+def test_the_gramian_of_fisher_is_checked(gramian: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Fisher().update(gramian)
+
+
+def test_fisher_wants_the_tasks_of_its_update() -> None:
+    with pytest.raises(ValueError, match=r"`affinity` should have shape \(4, 4\), as the Gramian.*Found \(3, 3\)"):
+        _fisher(4)(torch.zeros(3, 3))
+
+
+def test_fisher_is_refreshed_after_a_batch_at_least() -> None:
+    with pytest.raises(ValueError, match=r"`refresh_every` should be at least 1 batch. Found 0"):
+        Fisher(refresh_every=0)
+
+
 # What happens without convergence.
 
 
@@ -488,6 +710,16 @@ def test_the_order_of_the_tasks_does_not_count(rule_type: type[GroupingRule], si
         expected = rule(affinity)
         assert getattr(rule, "converged", True) or permuted == expected == [[task] for task in range(size)]
         assert _permuted(permuted, order) == expected
+
+
+@pytest.mark.parametrize("kind", DEGENERATE)
+@pytest.mark.parametrize("size", [2, 3, 4, 6])
+@rules
+def test_equal_rules_agree_on_degenerate_matrices(
+    rule_type: type[GroupingRule], size: int, kind: Callable[[int, int], Tensor]
+) -> None:
+    affinity = kind(size, size)
+    assert _make(rule_type, size)(affinity) == _make(rule_type, size)(affinity.clone())
 
 
 @rules
