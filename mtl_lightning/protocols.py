@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -30,3 +30,26 @@ class PopulationProtocol(Protocol):
     @property
     def metric_values(self) -> Mapping[str, Tensor]:
         """The validation metrics: from ``<metric>/<task>`` to one value per model, shape ``(P,)``."""
+
+
+class TaskGroupProtocol(Protocol):
+    """A LightningModule that updates ``T`` tasks in groups, one after another in each batch."""
+
+    @property
+    def task_names(self) -> tuple[str, ...]:
+        """The ``T`` task names, in the order of the rows of the affinity."""
+
+    @property
+    def affinity_matrix(self) -> Tensor:
+        """The affinity from row to column, shape ``(T, T)``, equal on all ranks."""
+
+    @property
+    def task_groups(self) -> list[list[str]]:
+        """The groups of the batch in training, or of the last one, in the order of their updates."""
+
+
+class TaskLossesProtocol(Protocol):
+    """A LightningModule that can be asked for the losses of its tasks, one by one."""
+
+    def batch_losses(self, batch: Any) -> dict[str, Tensor]:
+        """Return the loss of each task with labels in ``batch``, shape ``()``, with its graph."""

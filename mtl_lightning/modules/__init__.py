@@ -2,3 +2,4 @@
 
 from mtl_lightning.modules.base import MultiTaskModule as MultiTaskModule
 from mtl_lightning.modules.mt2o import MT2OModule as MT2OModule
+from mtl_lightning.modules.task_groups import TaskGroupModule as TaskGroupModule

@@ -14,10 +14,12 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from mtl_lightning.modules.resuming import make_up_for_validation, missed_validation
 from mtl_lightning.population import UserInputError
+from mtl_lightning.seeds import mix_seed
 from mtl_lightning.task import Task, check_tasks
 
 OptimizerCallable = Callable[[Iterable[nn.Parameter]], Optimizer]
 LRSchedulerCallable = Callable[[Optimizer], LRScheduler | ReduceLROnPlateau]
+LRSchedulerInterval = Literal["epoch", "step"]
 
 
 class MultiTaskModule(LightningModule):
@@ -51,7 +53,7 @@ class MultiTaskModule(LightningModule):
         tasks: Sequence[Task],
         optimizer: OptimizerCallable,
         lr_scheduler: LRSchedulerCallable | None = None,
-        lr_scheduler_interval: Literal["epoch", "step"] = "epoch",
+        lr_scheduler_interval: LRSchedulerInterval = "epoch",
         lr_scheduler_monitor: str | None = None,
         gradient_clip_norm: float | None = None,
         accumulate_batches: int = 1,
@@ -111,7 +113,9 @@ class MultiTaskModule(LightningModule):
         return tuple(task.name for task in self.tasks)
 
     def loss_vector(self, outputs: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> Tensor:
-        """Return the losses of the tasks in ``targets``, in the order of the tasks; float32, shape ``(T',)``.
+        """Return the losses of the tasks in ``targets``, in the order of the tasks, shape ``(T',)``.
+
+        They are float32, or float64 where a loss is.
 
         Raises:
             ValueError: If the outputs are no dict or lack a task, or a loss is not a scalar.
@@ -130,7 +134,7 @@ class MultiTaskModule(LightningModule):
                     f"The loss of task {name!r} should be a scalar. Found shape {tuple(losses[name].shape)}. "
                     "Use a reduction such as the mean."
                 )
-        return torch.stack([losses[name].float() for name in names])
+        return torch.stack([losses[name].to(torch.promote_types(losses[name].dtype, torch.float32)) for name in names])
 
     def count_labels(self, targets: Mapping[str, Tensor]) -> Tensor:
         """Return the number of labels of each task in the batch, float32, shape ``(T,)``.
@@ -147,15 +151,25 @@ class MultiTaskModule(LightningModule):
                 raise UserInputError(f"The target of task {name!r} should be a tensor. Found {kind}.")
         return torch.stack([task.num_labels(targets[task.name]).float() for task in self.tasks])
 
+    def reduced(self, tensor: Tensor, operation: Literal["mean", "sum"]) -> Tensor:
+        """Return the mean or the sum of ``tensor`` over the ranks, equal on all of them; it may be changed."""
+        reduced = self.trainer.strategy.reduce(tensor, reduce_op=operation)
+        assert isinstance(reduced, Tensor)
+        return reduced
+
     # -------------------------------------------------------------------------------------------------- optimisation
 
     def trained_parameters(self) -> Iterable[nn.Parameter]:
         """Return the parameters that the optimiser is made of."""
         return (parameter for parameter in self.parameters() if parameter.requires_grad)
 
+    def make_optimizer(self) -> Optimizer:
+        """Return the optimiser of the trained parameters."""
+        return self._optimizer(list(self.trained_parameters()))
+
     def configure_optimizers(self) -> Any:
         """Return the optimiser and, if there is one, the scheduler with its interval."""
-        optimizer = self._optimizer(list(self.trained_parameters()))
+        optimizer = self.make_optimizer()
         if self._lr_scheduler is None:
             return optimizer
         scheduler: dict[str, Any] = {
@@ -191,7 +205,7 @@ class MultiTaskModule(LightningModule):
         self._accumulated = 0
         return True
 
-    def step_schedulers(self, interval: Literal["epoch", "step"]) -> None:
+    def step_schedulers(self, interval: LRSchedulerInterval) -> None:
         """Step the schedulers of this interval, each as often as its configuration says; those that monitor wait."""
         count = self._steps if interval == "step" else self.current_epoch + 1
         for config in self.trainer.lr_scheduler_configs:
@@ -227,8 +241,12 @@ class MultiTaskModule(LightningModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed the batch, so that what is random in it does not depend on where the run was started."""
+        torch.manual_seed(self.batch_seed())
+
+    def batch_seed(self) -> int:
+        """Return the seed of this batch on this rank."""
         assert self._seed is not None
-        torch.manual_seed(_mixed(self._seed, self.batches_seen * self.trainer.world_size + self.global_rank))
+        return mix_seed(self._seed, self.batches_seen * self.trainer.world_size + self.global_rank)
 
     def on_train_start(self) -> None:
         """Make up for a validation, and for the end of an epoch, that the checkpoint came before."""
@@ -294,9 +312,3 @@ def _check_names(what: str, found: Mapping[str, Any], names: Sequence[str]) -> N
             f"{what} should hold every task. Missing: {', '.join(map(repr, missing))}; found: "
             f"{', '.join(map(repr, found)) or 'nothing'}."
         )
-
-
-def _mixed(seed: int, index: int) -> int:
-    # One round of splitmix64: neighbouring seeds and batches give unrelated streams.
-    value = (seed * 0x9E3779B97F4A7C15 + index + 1) * 0xBF58476D1CE4E5B9 % 2**64
-    return (value ^ (value >> 31)) % 2**63

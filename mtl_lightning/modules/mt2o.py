@@ -15,7 +15,13 @@ from torch.utils import _pytree as pytree
 from mtl_lightning.elementwise import check_elementwise
 from mtl_lightning.growth import Growth, Stage
 from mtl_lightning.modules.averaging import LossAverage
-from mtl_lightning.modules.base import LRSchedulerCallable, MultiTaskModule, OptimizerCallable, check_count
+from mtl_lightning.modules.base import (
+    LRSchedulerCallable,
+    LRSchedulerInterval,
+    MultiTaskModule,
+    OptimizerCallable,
+    check_count,
+)
 from mtl_lightning.modules.evaluation import PopulationEvaluation
 from mtl_lightning.population import Chunk, Population, UserInputError
 from mtl_lightning.preferences import check_preferences
@@ -115,7 +121,7 @@ class MT2OModule(MultiTaskModule):
         transfer: TransferRule | None = None,
         growth: Growth | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
-        lr_scheduler_interval: Literal["epoch", "step"] = "epoch",
+        lr_scheduler_interval: LRSchedulerInterval = "epoch",
         lr_scheduler_monitor: str | None = None,
         gradient_clip_norm: float | None = None,
         accumulate_batches: int = 1,
@@ -277,7 +283,7 @@ class MT2OModule(MultiTaskModule):
 
         The mean over ranks of the weighted losses is the mean over all labels, shape ``(T,)``.
         """
-        total = self._reduced(labels.clone(), "sum")
+        total = self.reduced(labels.clone(), "sum")
         here, anywhere = torch.stack([labels, total]).tolist()  # waits for the device
         shares = labels * self.trainer.world_size / total.clamp(min=1.0)
         own = tuple(task for task, count in enumerate(here) if count)
@@ -338,7 +344,7 @@ class MT2OModule(MultiTaskModule):
         if own:
             weighted = chunk.evaluate(self.loss_vector, inputs, targets, independent) * shares[list(own)]
             values[:, mine] = weighted.detach()
-        values = self._reduced(values, "mean").requires_grad_()
+        values = self.reduced(values, "mean").requires_grad_()
         (slopes,) = torch.autograd.grad(self.scalarization(values, preferences, tasks=tasks).sum(), values)
         if weighted is not None:
             self.manual_backward((slopes[:, mine] * weighted).sum() / self.accumulate_batches)
@@ -349,7 +355,7 @@ class MT2OModule(MultiTaskModule):
         optimizer, theta = self.optimizers(), self.population.theta
         assert theta.grad is not None
         if self.trainer.world_size > 1:
-            theta.grad.copy_(self._reduced(theta.grad, "mean"))
+            theta.grad.copy_(self.reduced(theta.grad, "mean"))
         self._healthy = self._find_healthy(losses, tasks)
         theta.grad.masked_fill_(~self._healthy.unsqueeze(1), 0.0)
         frozen = {index: theta.detach()[index].clone() for index in self._frozen}
@@ -415,11 +421,6 @@ class MT2OModule(MultiTaskModule):
         if backend is not None:
             self.population.active_backend = backend
             self._timed_size = self.population.size
-
-    def _reduced(self, tensor: Tensor, operation: Literal["mean", "sum"]) -> Tensor:
-        reduced = self.trainer.strategy.reduce(tensor, reduce_op=operation)
-        assert isinstance(reduced, Tensor)
-        return reduced
 
     # ---------------------------------------------------------------------------------------------------- growth, care
 
@@ -506,7 +507,7 @@ class MT2OModule(MultiTaskModule):
         if self.trainer.world_size > 1:
             for buffer in self.population.network.buffers():
                 if buffer.is_floating_point():
-                    buffer.copy_(self._reduced(buffer.clone(), "mean"))
+                    buffer.copy_(self.reduced(buffer.clone(), "mean"))
         self._evaluation.reset(self.population.size, self.device)
         self._evaluated = True
 
@@ -558,7 +559,7 @@ class MT2OModule(MultiTaskModule):
 
     def _finish_evaluation(self) -> None:
         if self._evaluated:
-            self._final_values, self._final_metrics = self._evaluation.compute(partial(self._reduced, operation="sum"))
+            self._final_values, self._final_metrics = self._evaluation.compute(partial(self.reduced, operation="sum"))
             self._evaluated = False
 
     def _log_evaluation(self, split: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -96,3 +96,55 @@ class SaveAfterEachBatch(Callback):
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         self.paths.append(self.folder / f"batch-{len(self.paths)}.ckpt")
         trainer.save_checkpoint(self.paths[-1])
+
+
+class Position:
+    """A loader in a fixed order that knows where it is."""
+
+    def __init__(self, batches: list[Any] | None = None) -> None:
+        self.batches = list(loader()) if batches is None else batches
+        self.start = self.seen = 0
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Any:
+        start, self.start = self.start, 0
+        for index in range(start, len(self.batches)):
+            self.seen = index + 1
+            yield self.batches[index]
+
+    def state_dict(self) -> dict[str, int]:
+        return {"seen": self.seen % len(self.batches)}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.start = state["seen"]
+
+
+class Interleaved:
+    """Every batch split into two halves, one for each rank; all of it without a process group."""
+
+    def __init__(self, batches: list[Any]) -> None:
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Any:
+        distributed = torch.distributed
+        rank, size = (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
+        for inputs, targets in self.batches:
+            yield inputs[rank::size], {name: target[rank::size] for name, target in targets.items()}
+
+
+def assert_equal_states(found: Mapping[str, Any], expected: Mapping[str, Any], ignored: tuple[str, ...] = ()) -> None:
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        if key in ignored:
+            continue
+        if isinstance(value, Tensor):
+            assert torch.equal(found[key], value), key
+        elif isinstance(value, Mapping):
+            assert_equal_states(found[key], value, ignored)
+        else:
+            assert found[key] == value, key

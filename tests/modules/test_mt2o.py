@@ -4,7 +4,7 @@ import copy
 import csv
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -42,7 +42,20 @@ from mtl_lightning.transfer import (
     TransferContext,
     TransferRule,
 )
-from tests.modules.common import Pairs, SaveAfterEachBatch, flat, loader, mt2o, network, rows, tasks, trainer
+from tests.modules.common import (
+    Interleaved,
+    Pairs,
+    Position,
+    SaveAfterEachBatch,
+    assert_equal_states,
+    flat,
+    loader,
+    mt2o,
+    network,
+    rows,
+    tasks,
+    trainer,
+)
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "sgd": partial(torch.optim.SGD, lr=0.05),
@@ -776,55 +789,19 @@ def _run_of_everything(
     return module, trainer(callbacks, max_epochs=3, default_root_dir=str(folder), **arguments)
 
 
-class _Position:
-    """A loader in a fixed order that knows where it is."""
-
-    def __init__(self) -> None:
-        self.batches = list(loader())
-        self.start = self.seen = 0
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Any:
-        start, self.start = self.start, 0
-        for index in range(start, len(self.batches)):
-            self.seen = index + 1
-            yield self.batches[index]
-
-    def state_dict(self) -> dict[str, int]:
-        return {"seen": self.seen % len(self.batches)}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.start = state["seen"]
-
-
 @pytest.mark.parametrize("rule", ["neighbor", "distance", "advantage"])
 def test_resumed_after_any_batch_equals_uninterrupted_bit_for_bit(rule: str, tmp_path: Path) -> None:
     save = SaveAfterEachBatch(tmp_path)
     module, run = _run_of_everything(tmp_path, [save], transfer=RULES[rule]())
-    run.fit(module, _Position(), loader())
+    run.fit(module, Position(), loader())
     expected, optimizer = module.state_dict(), run.optimizers[0].state_dict()["state"][0]
     for path in save.paths[:-1]:
         resumed, again = _run_of_everything(tmp_path, transfer=RULES[rule]())
         seed_everything(99)  # a new process has another random state
-        again.fit(resumed, _Position(), loader(), ckpt_path=str(path))
-        _assert_equal_states(resumed.state_dict(), expected)
-        _assert_equal_states(again.optimizers[0].state_dict()["state"][0], optimizer)
+        again.fit(resumed, Position(), loader(), ckpt_path=str(path))
+        assert_equal_states(resumed.state_dict(), expected)
+        assert_equal_states(again.optimizers[0].state_dict()["state"][0], optimizer)
         assert again.global_step == run.global_step
-
-
-def _assert_equal_states(found: Mapping[str, Any], expected: Mapping[str, Any], ignored: tuple[str, ...] = ()) -> None:
-    assert found.keys() == expected.keys()
-    for key, value in expected.items():
-        if key in ignored:
-            continue
-        if isinstance(value, Tensor):
-            assert torch.equal(found[key], value), key
-        elif isinstance(value, Mapping):
-            _assert_equal_states(found[key], value, ignored)
-        else:
-            assert found[key] == value, key
 
 
 def _observed_run(folder: Path, callbacks: Sequence[Callback], **arguments: Any) -> tuple[MT2OModule, Trainer]:
@@ -876,7 +853,7 @@ def test_archive_and_reference_point_are_those_of_the_uninterrupted_run(
         resumed, again = _observed_run(tmp_path, observers(folder), **interval)
         seed_everything(99)
         again.fit(resumed, datamodule=data(), ckpt_path=str(path))
-        _assert_equal_states(state(resumed, again), expected)
+        assert_equal_states(state(resumed, again), expected)
 
 
 def test_a_checkpoint_of_another_population_is_refused(tmp_path: Path) -> None:
@@ -952,30 +929,14 @@ def test_two_ranks_equal_one_process_where_labels_are_missing_on_one(tmp_path: P
 
 def _assert_ranks_equal_one(build: Callable[[], MT2OModule], batches: list[Any], folder: Path) -> None:
     alone = build()
-    trainer(max_epochs=2).fit(alone, _Interleaved(batches), _Interleaved(batches))
+    trainer(max_epochs=2).fit(alone, Interleaved(batches), Interleaved(batches))
     strategy = DDPStrategy(start_method="fork", process_group_backend="gloo", timeout=timedelta(seconds=60))
     run = trainer([_WriteRows(folder)], max_epochs=2, devices=2, strategy=strategy, use_distributed_sampler=False)
-    run.fit(build(), _Interleaved(batches), _Interleaved(batches))
+    run.fit(build(), Interleaved(batches), Interleaved(batches))
     ranks = [torch.load(folder / f"rank-{rank}.pt", weights_only=True) for rank in range(2)]
     assert torch.equal(ranks[0]["theta"], ranks[1]["theta"])
     torch.testing.assert_close(ranks[0]["theta"], rows(alone), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(ranks[0]["values"], alone.objective_values, rtol=1e-6, atol=1e-6)
-
-
-class _Interleaved:
-    """Every batch split into two halves, one for each rank; all of it without a process group."""
-
-    def __init__(self, batches: list[Any]) -> None:
-        self.batches = batches
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Any:
-        distributed = torch.distributed
-        rank, size = (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
-        for inputs, targets in self.batches:
-            yield inputs[rank::size], {name: target[rank::size] for name, target in targets.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------- bad input

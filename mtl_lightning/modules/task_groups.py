@@ -1,0 +1,556 @@
+"""Selective task group updates: groups of tasks, updated one after another in each batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from mtl_lightning.affinity import Attribution, ProximalAffinity
+from mtl_lightning.exemplars import MOST_TASKS
+from mtl_lightning.fisher import root_fisher_gramian
+from mtl_lightning.group_updates import GroupUpdates
+from mtl_lightning.grouping import AffinityPropagation, Exemplars, Fisher, GroupingRule
+from mtl_lightning.modules.base import LRSchedulerCallable, LRSchedulerInterval, OptimizerCallable, check_count
+from mtl_lightning.modules.health import TaskHealth
+from mtl_lightning.modules.single_network import SingleNetworkModule
+from mtl_lightning.split_network import GradientGate, SplitNetwork
+from mtl_lightning.task import Task
+
+
+@dataclass
+class _Part:
+    """One batch of an update, with the tasks that have labels in it."""
+
+    inputs: Any
+    targets: dict[str, Tensor]
+    counts: list[float]  # of labels, by task
+    seed: int
+    seen: set[str] = field(default_factory=set)
+    shares: list[float] = field(default_factory=list)  # this batch's part in the mean over all labels, by task
+
+
+class TaskGroupModule(SingleNetworkModule):
+    r"""One network whose tasks are updated in groups, one group after another on each batch.
+
+    For each group ``G`` of a partition of the tasks, in random order, on the same batch:
+
+        ``theta <- theta - step(sum of w_k grad L_k(theta) over k in G)``
+
+    The forward pass of a group also tells what the step of the group before it did to the losses of all tasks. That is
+    the proximal inter-task affinity, and from it the partition of the next batch is made. A batch of ``G`` groups costs
+    ``G`` passes forward and backward. Heads outside the group are evaluated without a graph; neither they nor the state
+    of the optimiser for them change in its step.
+
+    Args:
+        network: Maps inputs to a dict of predictions, task name to tensor. With a module ``encoder`` and a
+            ``ModuleDict`` ``heads``, as of :class:`~mtl_lightning.networks.MultiHeadNetwork`, heads are evaluated one
+            by one; see :class:`~mtl_lightning.split_network.SplitNetwork`.
+        tasks: The ``T >= 2`` tasks.
+        optimizer: From parameters to an optimiser, such as ``functools.partial(torch.optim.Adam, lr=1e-4)``.
+        grouping: Makes groups from the affinity. By default :class:`~mtl_lightning.grouping.Exemplars`, the optimum of
+            what :class:`~mtl_lightning.grouping.AffinityPropagation`, the rule of the official code, searches for; with
+            more than 16 tasks the latter.
+        loss_weights: From task name to the weight ``w_k`` of its loss in the objective, one by default. Affinities are
+            of unweighted losses.
+        affinity_decay: The weight of the new value in the moving average of the affinity.
+        attribution: ``"stepping_group"`` credits a change of the losses to the group that caused it, ``"published"`` to
+            the next one, as the official code does; see :class:`~mtl_lightning.affinity.ProximalAffinity`.
+        bias_correction: Whether the average is corrected for its start at zero.
+        warmup_batches: For how many updates every task is alone, where the rule reads the affinity.
+        regroup_every: After how many updates the rule is asked again.
+        track_every: The affinity is measured in every so-manieth update; in the others heads outside the group are not
+            evaluated at all. With 0 it is never measured.
+        shuffle: Whether the order of the groups is random.
+        single_group: Whether a group that is all alone steps twice on a batch (``"repeat"``), or once (``"once"``).
+        measure_last: Whether one more pass, without a graph, measures what the last step of a batch did.
+        paired: Whether all passes over a batch draw the same random numbers (dropout, stochastic depth), so that they
+            do not enter the affinity.
+        inactive_heads: ``"skip"`` leaves heads outside the group alone. ``"zero_grad"`` steps them with a gradient of
+            zero once they had one, as the official code did under torch 1: momentum and weight decay go on.
+        head_lr_scale: A factor on the learning rate of the parameters that belong to one head alone.
+        max_nonfinite: A task whose loss is not finite is left out of the step; after so many in a row the run stops.
+        lr_scheduler: From the optimiser to a scheduler.
+        lr_scheduler_interval: Whether it is stepped after each epoch or after each update of all groups.
+        lr_scheduler_monitor: The logged metric that ``ReduceLROnPlateau`` reads.
+        gradient_clip_norm: The largest norm of the gradient of a group.
+        accumulate_batches: How many batches one update is made of; they are kept until then, and each group steps once
+            on all of them, as on one larger batch.
+
+    Attributes:
+        updates: Partition, order and affinity, a :class:`~mtl_lightning.group_updates.GroupUpdates`.
+
+    Raises:
+        ValueError: If an argument is out of range, the heads or the groups do not fit the tasks, or a head shares all
+            its parameters.
+        TypeError: If an argument is of the wrong kind.
+
+    Note:
+        ``global_step`` counts updates of all groups, so that ``max_steps`` and ``every_n_train_steps`` do not depend on
+        the number of groups. Logged are ``train_loss`` and ``train_loss/<task>``, the first losses measured on a batch,
+        ``num_groups`` and, where there were any, ``nonfinite/<task>``, the steps that a task was left out of; in
+        validation see :class:`~mtl_lightning.modules.single_network.SingleNetworkModule`.
+
+        Limits: strategies other than one device and DDP are refused. Batch normalisation takes up the statistics of a
+        batch once, on each rank its own. Random numbers that are not torch's are not paired. A task whose loss is not
+        finite gets a gradient of zero, so that momentum and weight decay still move its head. Batches that are kept for
+        ``accumulate_batches`` are in checkpoints, of rank zero only. Learnable weights inside a loss are trained if
+        the optimiser is given them by ``trained_parameters``, and step with every group.
+
+    References:
+        W. Jeong, K.-J. Yoon, "Selective Task Group Updates for Multi-Task Optimization", ICLR 2025, arXiv 2502.11986.
+        :meth:`official` trains as its official code does.
+
+    Example:
+        >>> from functools import partial
+        >>> import torch
+        >>> from mtl_lightning.networks import MLP, MultiHeadNetwork
+        >>> network = MultiHeadNetwork(MLP(8, [16]), {"price": torch.nn.Linear(16, 1), "risk": torch.nn.Linear(16, 1)})
+        >>> module = TaskGroupModule(
+        ...     network=network,
+        ...     tasks=[Task("price", torch.nn.MSELoss()), Task("risk", torch.nn.L1Loss())],
+        ...     optimizer=partial(torch.optim.Adam, lr=1e-3),
+        ... )
+        >>> module.task_groups
+        [['price'], ['risk']]
+        >>> module.affinity_matrix
+        tensor([[0., 0.],
+                [0., 0.]], dtype=torch.float64)
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        tasks: Sequence[Task],
+        optimizer: OptimizerCallable,
+        grouping: GroupingRule | None = None,
+        loss_weights: Mapping[str, float] | None = None,
+        affinity_decay: float = 1e-3,
+        attribution: Attribution = "stepping_group",
+        bias_correction: bool = True,
+        warmup_batches: int = 100,
+        regroup_every: int = 1,
+        track_every: int = 1,
+        shuffle: bool = True,
+        single_group: Literal["repeat", "once"] = "repeat",
+        measure_last: bool = False,
+        paired: bool = True,
+        inactive_heads: Literal["skip", "zero_grad"] = "skip",
+        head_lr_scale: float = 1.0,
+        max_nonfinite: int = 20,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        lr_scheduler_interval: LRSchedulerInterval = "epoch",
+        lr_scheduler_monitor: str | None = None,
+        gradient_clip_norm: float | None = None,
+        accumulate_batches: int = 1,
+    ) -> None:
+        super().__init__(
+            network=network,
+            tasks=tasks,
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
+            lr_scheduler_interval=lr_scheduler_interval,
+            lr_scheduler_monitor=lr_scheduler_monitor,
+            gradient_clip_norm=gradient_clip_norm,
+            accumulate_batches=accumulate_batches,
+        )
+        if grouping is not None and not isinstance(grouping, GroupingRule):
+            raise TypeError(f"`grouping` should be an object of {GroupingRule.__name__}. Found {grouping!r}.")
+        if inactive_heads not in ("skip", "zero_grad"):
+            raise ValueError(f"`inactive_heads` should be 'skip' or 'zero_grad'. Found {inactive_heads!r}.")
+        if not head_lr_scale > 0:
+            raise ValueError(f"`head_lr_scale` should be positive. Found {head_lr_scale}.")
+        if not isinstance(track_every, int) or track_every < 0:
+            raise ValueError(f"`track_every` should be an integer of at least 0. Found {track_every!r}.")
+        check_count("max_nonfinite", max_nonfinite)
+        self.loss_weights = _checked_weights(loss_weights, self.task_names)
+        self.track_every = track_every
+        self.measure_last = measure_last
+        self.paired = paired
+        self.inactive_heads = inactive_heads
+        self.head_lr_scale = head_lr_scale
+
+        if grouping is None:
+            grouping = Exemplars() if len(self.tasks) <= MOST_TASKS else AffinityPropagation()
+        grouping.resolve(self.task_names)
+        self.updates = GroupUpdates(
+            grouping,
+            ProximalAffinity(len(self.tasks), affinity_decay, attribution, bias_correction),
+            warmup_batches=warmup_batches,
+            regroup_every=regroup_every,
+            shuffle=shuffle,
+            single_group=single_group,
+        )
+        self.health = TaskHealth(self.task_names, max_nonfinite)
+        self._split = SplitNetwork(network, self.task_names)
+        if head_lr_scale != 1.0 and not self._split.is_split:
+            raise ValueError(
+                "`head_lr_scale` needs a network with a module `encoder` and a ModuleDict `heads`. "
+                f"Found {type(network).__name__}."
+            )
+        self._parts: list[_Part] = []
+        self._had_gradient: set[int] = set()
+        self._counts_on_host: list[float] | None = None
+        self._order: list[list[int]] = list(self.updates.partition)
+
+    @classmethod
+    def official(
+        cls,
+        network: nn.Module,
+        tasks: Sequence[Task],
+        optimizer: OptimizerCallable | None = None,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        affinity_decay: float = 1e-3,
+        head_lr_scale: float = 1.0,
+        max_batches: int = 40_000,
+    ) -> TaskGroupModule:
+        """Return a module that makes every choice of the official code, revision 53a8ba2.
+
+        That is: the change of the losses is credited to the group *after* the one that stepped; no correction of the
+        average; 101 batches of single tasks; random numbers differ between the passes over a batch; heads outside the
+        group step with zero gradients; a single group steps twice. Regrouping every batch, shuffled order and no
+        measurement of the last step are the defaults here, too.
+
+        Where the official code's behaviour is an error rather than a choice it is not repeated: losses are reduced over
+        ranks, ranks agree on order and groups, and affinity, groups and random state are in checkpoints.
+
+        Args:
+            network: See the class; the published runs use a ViT with one 1x1 convolution per task.
+            tasks: The tasks.
+            optimizer: Adam with learning rate 2e-5 and (L2) weight decay 1e-6 by default.
+            lr_scheduler: Polynomial with power 0.9 over ``max_batches`` by default, stepped per batch.
+            affinity_decay: 1e-3 for NYUD-v2 and PASCAL-Context, 1e-4 for Taskonomy.
+            head_lr_scale: The number of tasks for NYUD-v2 and PASCAL-Context, 1 for Taskonomy. No baseline of the
+                official code has it.
+            max_batches: The length of the default schedule.
+        """
+        return cls(
+            network=network,
+            tasks=tasks,
+            optimizer=partial(torch.optim.Adam, lr=2e-5, weight_decay=1e-6) if optimizer is None else optimizer,
+            grouping=AffinityPropagation(),
+            affinity_decay=affinity_decay,
+            attribution="published",
+            bias_correction=False,
+            warmup_batches=101,
+            regroup_every=1,
+            track_every=1,
+            shuffle=True,
+            single_group="repeat",
+            measure_last=False,
+            paired=False,
+            inactive_heads="zero_grad",
+            head_lr_scale=head_lr_scale,
+            lr_scheduler=partial(torch.optim.lr_scheduler.PolynomialLR, total_iters=max_batches, power=0.9)
+            if lr_scheduler is None
+            else lr_scheduler,
+            lr_scheduler_interval="step",
+        )
+
+    # ------------------------------------------------------------------------------------------------ what users read
+
+    @property
+    def affinity_matrix(self) -> Tensor:
+        """The affinity from row to column, shape ``(T, T)``, float64; equal on all ranks."""
+        return self.updates.affinity.matrix
+
+    @property
+    def task_groups(self) -> list[list[str]]:
+        """The groups of the last update, in the order of their steps."""
+        unique = [group for place, group in enumerate(self._order) if group not in self._order[:place]]
+        return [[self.task_names[task] for task in group] for group in unique]
+
+    # ------------------------------------------------------------------------------------------------------- training
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Count the labels while they are on the host, where reading the counts waits for nothing."""
+        if self.trainer.training:
+            self._counts_on_host = self.count_labels(self.unpack_batch(batch)[1]).tolist()
+        return batch
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        """Update all groups, one after another."""
+        inputs, targets = self.unpack_batch(batch)
+        counts = self.count_labels(targets).tolist() if self._counts_on_host is None else self._counts_on_host
+        self._counts_on_host = None
+        self._parts.append(_Part(inputs, dict(targets), counts, self.batch_seed()))
+        if self.is_step_due():
+            self._update(batch_idx)
+            self._parts = []
+        self.finish_batch()
+
+    def _update(self, batch_idx: int) -> None:
+        """Do what the algorithm box says."""
+        present = self._share_labels()
+        self._refresh_fisher(present)
+        assert self._seed is not None
+        self._order = self.updates.begin(self._steps, self._seed)
+        order = [group for group in ([task for task in group if task in present] for group in self._order) if group]
+        tracked = self.track_every > 0 and self._steps % self.track_every == 0
+        first: Tensor | None = None
+        for place, group in enumerate(order):
+            measured = present if tracked else group
+            losses = self._backward(group, measured)
+            first = losses if first is None else torch.where(first.isnan(), losses, first)
+            if tracked:
+                self.updates.observe(group, losses)
+            self._step(group, is_last=place == len(order) - 1)
+        if order and tracked and self.measure_last:
+            self.updates.observe(None, self._backward([], present))
+        self.updates.forget()
+        if first is not None:
+            self.health.finish_batch()
+            self._steps += 1
+            self.step_schedulers("step")
+            self._log_training(first, present, batch_idx)
+
+    def _share_labels(self) -> list[int]:
+        """Give the batches their shares; return the tasks with labels in any of them, on any rank."""
+        totals = [sum(counts) for counts in zip(*(part.counts for part in self._parts), strict=True)]
+        if self.trainer.world_size > 1:
+            totals = self.reduced(torch.tensor(totals, device=self.device), "sum").tolist()
+        for part in self._parts:
+            part.shares = [
+                count * self.trainer.world_size / total if count else 0.0
+                for count, total in zip(part.counts, totals, strict=True)
+            ]
+        return [task for task, total in enumerate(totals) if total]
+
+    def _backward(self, group: Sequence[int], measured: Sequence[int]) -> Tensor:
+        """Add the gradients of the losses of a group; return the measured losses of all labels, shape ``(T,)``.
+
+        Losses that are not measured are NaN. With an empty group nothing has a graph.
+        """
+        losses = torch.full((len(self.tasks),), torch.nan, device=self.device)
+        for part in self._parts:
+            gate = GradientGate()
+            outputs, own = self._evaluate_part(part, group, measured, gate, part.seen)
+            values = self._reduced_values(part, own, measured)
+            losses = torch.where(losses.isnan(), values, losses + values)
+            if group:
+                gate.is_open = {self.task_names[task]: values[task].isfinite() for task in measured}
+                self.health.observe(group, values)
+                self._accumulate_gradients(part, group, outputs, own, gate)
+        return losses
+
+    def _evaluate_part(
+        self, part: _Part, group: Sequence[int], measured: Sequence[int], gate: GradientGate, seen: set[str]
+    ) -> tuple[Mapping[str, Tensor], dict[int, Tensor]]:
+        """Return the predictions and the losses of the tasks that have labels in this batch on this rank."""
+        if self.paired:
+            torch.manual_seed(part.seed)
+        names = {self.task_names[task] for task in measured}
+        trained = {self.task_names[task] for task in group}
+        outputs = self._split.predict(part.inputs, trained, names, gate, seen)
+        own = [task for task in measured if part.counts[task]]
+        targets = {self.task_names[task]: part.targets[self.task_names[task]] for task in own}
+        if not targets:
+            return outputs, {}
+        with torch.set_grad_enabled(bool(group)):
+            return outputs, dict(zip(own, self.loss_vector(outputs, targets).unbind(), strict=True))
+
+    def _reduced_values(self, part: _Part, own: Mapping[int, Tensor], measured: Sequence[int]) -> Tensor:
+        """Return the part that this batch has in the mean losses over all labels and ranks, shape ``(T,)``."""
+        missing, zero = self._constants()
+        rows = []
+        for task in range(len(self.tasks)):
+            if task in own:
+                rows.append(own[task].detach() * part.shares[task])
+            else:
+                rows.append(zero if task in measured else missing)
+        values = torch.stack(rows)
+        return self.reduced(values, "mean") if self.trainer.world_size > 1 else values
+
+    def _constants(self) -> tuple[Tensor, Tensor]:
+        # Made on the device, not copied to it.
+        return torch.full((), torch.nan, device=self.device), torch.zeros((), device=self.device)
+
+    def _accumulate_gradients(
+        self,
+        part: _Part,
+        group: Sequence[int],
+        outputs: Mapping[str, Tensor],
+        own: Mapping[int, Tensor],
+        gate: GradientGate,
+    ) -> None:
+        objective = torch.zeros((), device=self.device)
+        for task in group:
+            name = self.task_names[task]
+            if task in own:
+                weighted = own[task] * (self.loss_weights[name] * part.shares[task])
+                objective = objective + torch.where(gate.is_open[name], weighted, 0.0)
+            else:
+                # No labels here: the same graph as on the ranks that have some, with gradients of zero.
+                objective = objective + (outputs[name] * 0.0).sum()
+        with self._unsynchronised():
+            self.manual_backward(objective)
+
+    def _unsynchronised(self) -> Any:
+        """Return a context in which DDP leaves gradients alone: it knows one backward pass per forward only."""
+        no_sync = getattr(self.trainer.model, "no_sync", None)
+        return nullcontext() if no_sync is None else no_sync()
+
+    def _step(self, group: Sequence[int], is_last: bool) -> None:
+        """Step the optimiser for the gradients of a group, and clear them."""
+        optimizer: Any = self.optimizers()
+        if self.trainer.world_size > 1:
+            self._reduce_gradients()
+        if self.inactive_heads == "zero_grad":
+            self._zero_gradients()
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        scale = None if scaler is None else scaler.get_scale()
+        if is_last:
+            optimizer.step()
+        else:
+            # Past the counter of Lightning, which would count every group as a step of the run.
+            self.trainer.strategy.optimizer_step(optimizer.optimizer, closure=_nothing)
+        if scaler is not None and scaler.get_scale() < scale:
+            self.updates.forget()  # the scaler has skipped the step: there is nothing to measure
+        optimizer.zero_grad(set_to_none=True)
+
+    def _zero_gradients(self) -> None:
+        """Give a gradient of zero to the parameters that have none now and had one before."""
+        for index, parameter in enumerate(self.trained_parameters()):
+            if parameter.grad is not None:
+                self._had_gradient.add(index)
+            elif index in self._had_gradient:
+                parameter.grad = torch.zeros_like(parameter)
+
+    def _reduce_gradients(self) -> None:
+        """Average the gradients over the ranks, in one piece per dtype."""
+        gradients = [p.grad for p in self.trained_parameters() if p.grad is not None]
+        for dtype in {gradient.dtype for gradient in gradients}:
+            some = [gradient for gradient in gradients if gradient.dtype == dtype]
+            flat = self.reduced(torch.cat([gradient.flatten() for gradient in some]), "mean")
+            pieces = torch.split(flat, [gradient.numel() for gradient in some])
+            for gradient, piece in zip(some, pieces, strict=True):
+                gradient.copy_(piece.view_as(gradient))
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Clip the gradient of the group, after any gradient scaling is undone."""
+        if self.gradient_clip_norm is not None:
+            parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            torch.nn.utils.clip_grad_norm_(parameters, self.gradient_clip_norm)
+
+    def _refresh_fisher(self, present: Sequence[int]) -> None:
+        """Measure the Fisher information for the rules that group by it."""
+        rules = [rule for rule in self.updates.grouping.modules() if isinstance(rule, Fisher)]
+        rules = [rule for rule in rules if self._steps % rule.refresh_every == 0]
+        if not rules or len(present) < len(self.tasks):  # a task without labels would get no gradient
+            return
+        shared = [parameter for parameter in self._split.shared_parameters() if parameter.requires_grad]
+        sums: list[list[Tensor]] | None = None
+        for part in self._parts:
+            seen = {"", *self.task_names}  # this pass takes up no statistics
+            outputs, own = self._evaluate_part(part, present, present, GradientGate(), seen)
+            gradients = []
+            for task in present:
+                loss = own[task] * part.shares[task] if task in own else (outputs[self.task_names[task]] * 0.0).sum()
+                found = torch.autograd.grad(loss, shared, retain_graph=True, allow_unused=True)
+                gradients.append([torch.zeros_like(p) if g is None else g for p, g in zip(shared, found, strict=True)])
+            if sums is None:
+                sums = gradients
+            else:
+                sums = [[a + b for a, b in zip(x, y, strict=True)] for x, y in zip(sums, gradients, strict=True)]
+        assert sums is not None
+        if self.trainer.world_size > 1:
+            sums = [[self.reduced(gradient, "mean") for gradient in row] for row in sums]
+        gramian = root_fisher_gramian(sums)
+        if gramian.isfinite().all():  # else a loss was not, and the groups stay as they are
+            for rule in rules:
+                rule.update(gramian)
+
+    def _log_training(self, losses: Tensor, present: Sequence[int], batch_idx: int) -> None:
+        # A call to `log` costs about a millisecond, so it is made only when loggers take the values in.
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by a connector
+        if (self.batches_seen + 1) % every and batch_idx and not self.trainer.is_last_batch:
+            return
+        values: dict[str, Any] = {f"train_loss/{self.task_names[task]}": losses[task] for task in present}
+        failures = zip(self.task_names, self.health.known_total, strict=True)
+        values |= {f"nonfinite/{name}": float(count) for name, count in failures if count}
+        self.log_dict(values | {"num_groups": float(len(self.task_groups))})
+        self.log("train_loss", losses.nanmean(), prog_bar=True)
+
+    def on_fit_start(self) -> None:
+        """Refuse strategies under which gradients are not whole on every rank.
+
+        Raises:
+            MisconfigurationException: If the strategy is neither a single device nor DDP.
+        """
+        super().on_fit_start()
+        if self.trainer.world_size > 1 and not isinstance(self.trainer.strategy, DDPStrategy):
+            raise MisconfigurationException(
+                "`TaskGroupModule` trains on one device or with DDP (`Trainer(strategy='ddp')`). "
+                f"Found {type(self.trainer.strategy).__name__}."
+            )
+
+    def on_train_epoch_end(self) -> None:
+        """Report sick tasks; step the schedulers that monitor a metric."""
+        self.health.report()
+        super().on_train_epoch_end()
+
+    # ------------------------------------------------------------------------------------------------ optimiser, state
+
+    def make_optimizer(self) -> Optimizer:
+        """Return the optimiser, with the parameters of heads in a group of their own if their rate differs."""
+        if self.head_lr_scale == 1.0:
+            return super().make_optimizer()
+        heads = {id(p) for parameters in self._split.head_parameters().values() for p in parameters}
+        trained = list(self.trained_parameters())
+        parts = [[p for p in trained if id(p) not in heads], [p for p in trained if id(p) in heads]]
+        groups: Any = [{"params": part} for part in parts]
+        optimizer = self._optimizer(groups)
+        optimizer.param_groups[1]["lr"] = optimizer.param_groups[1]["lr"] * self.head_lr_scale
+        return optimizer
+
+    def on_train_start(self) -> None:
+        """Bring batches that a checkpoint holds to the device."""
+        for part in self._parts:
+            part.inputs, part.targets = move_data_to_device((part.inputs, part.targets), self.device)
+        super().on_train_start()
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Return everything that decides how the run goes on and is not a parameter or a buffer."""
+        kept = [
+            {"inputs": part.inputs, "targets": part.targets, "counts": part.counts, "seed": part.seed}
+            for part in self._parts
+        ]
+        return super().get_extra_state() | {
+            "parts": kept,
+            "order": self._order,
+            "had_gradient": sorted(self._had_gradient),
+        }
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Take up the state of a checkpoint."""
+        super().set_extra_state(state)
+        self._parts = [_Part(**part) for part in state["parts"]]
+        self._order = state["order"]
+        self._had_gradient = set(state["had_gradient"])
+
+
+def _nothing() -> None:
+    return None
+
+
+def _checked_weights(weights: Mapping[str, float] | None, task_names: Sequence[str]) -> dict[str, float]:
+    weights = {} if weights is None else weights
+    unknown = [name for name in weights if name not in task_names]
+    if unknown:
+        raise ValueError(
+            f"`loss_weights` should name tasks, {', '.join(map(repr, task_names))}. "
+            f"Found {', '.join(map(repr, unknown))}."
+        )
+    for name, weight in weights.items():
+        if not 0.0 < weight < float("inf"):
+            raise ValueError(f"The weight of task {name!r} should be positive and finite. Found {weight}.")
+    return {name: float(weights.get(name, 1.0)) for name in task_names}
