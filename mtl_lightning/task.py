@@ -33,6 +33,9 @@ class Task:
         Task('left', CrossEntropyLoss())
         >>> task.num_labels(torch.tensor([3, -100])), task.num_labels(torch.tensor([-100, -100]))
         (tensor(1), tensor(0))
+        >>> from mtl_lightning.losses import CosineNormalLoss
+        >>> Task("normal", CosineNormalLoss()).num_labels(torch.ones(1, 3, 4, 4))  # pixels, not elements
+        tensor(16)
     """
 
     def __init__(
@@ -55,10 +58,15 @@ class Task:
     def num_labels(self, target: Tensor) -> Tensor:
         """Return how many elements of ``target`` are labels, as an integer tensor of shape ``()``.
 
-        An element is missing if it is NaN, or if it is an integer and equals the attribute ``ignore_index`` of the
-        loss. Without any label a task takes no part in the batch. Override it for another convention, such as that of
-        a loss function, which has no attributes.
+        If the loss has a method ``valid``, as those of ``mtl_lightning.losses``, it says which elements are labels: it
+        returns a bool tensor, and the loss should be the mean over what is true in it. Otherwise an element is missing
+        if it is NaN, or if it is an integer and equals the attribute ``ignore_index`` of the loss. Without any label a
+        task takes no part in the batch. Override it for another convention, such as that of a loss function, which
+        has no attributes.
         """
+        valid = getattr(self.loss, "valid", None)
+        if callable(valid):
+            return valid(target).sum()
         if target.is_floating_point():
             return (~target.isnan()).sum()
         ignore_index = getattr(self.loss, "ignore_index", None)

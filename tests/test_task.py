@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mtl_lightning.losses import CosineNormalLoss, MaskedCrossEntropyLoss, MaskedL1Loss
 from mtl_lightning.task import Task, check_tasks
 
 
@@ -59,6 +60,27 @@ def test_a_task_without_labels_is_one_whose_mean_loss_is_not_finite() -> None:
     for target in (torch.tensor([7, 7]), torch.tensor([7, 1])):
         has_loss = bool(loss(torch.zeros(2, 9), target).isfinite())
         assert bool(Task("task", loss).num_labels(target) > 0) is has_loss
+
+
+@pytest.mark.parametrize(
+    ("loss", "target", "expected"),
+    [
+        (MaskedL1Loss(ignore_value=0.0), torch.tensor([[1.0, 0.0], [float("nan"), 2.0]]), 2),
+        (MaskedL1Loss(ignore_value=255), torch.tensor([255, 3, 0], dtype=torch.uint8), 2),
+        (MaskedCrossEntropyLoss(ignore_index=255), torch.tensor([[255, 3, 0]], dtype=torch.uint8), 2),
+        (CosineNormalLoss(), torch.tensor([[[1.0, 0.0], [0.0, 0.0], [1.0, 0.0]]]), 1),
+        (CosineNormalLoss(), torch.full((2, 3, 4, 4), float("nan")), 0),
+    ],
+)
+def test_the_loss_says_what_it_takes_the_mean_over(loss: Any, target: Tensor, expected: int) -> None:
+    found = Task("task", loss).num_labels(target)
+    assert (found.dtype, found.shape, found.item()) == (torch.int64, (), expected)
+
+
+def test_an_attribute_that_is_no_method_is_left_alone() -> None:
+    loss = nn.MSELoss()
+    loss.valid = torch.ones(3)
+    assert Task("task", loss).num_labels(torch.tensor([float("nan"), 1.0])) == 1
 
 
 @pytest.mark.parametrize("name", ["left", "a-b", "depth_1", "größe", "0"])
