@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +12,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_everything
+from record import machine, save, summary
 
 from mtl_lightning.growth import Doubling
 from mtl_lightning.modules import MT2OModule
@@ -133,15 +132,6 @@ def reach(curve: Sequence[dict[str, float]], target: float, what: str) -> float 
     return None
 
 
-def summary(values: Sequence[float]) -> str:
-    """Return mean and 95 % confidence interval (Student's t)."""
-    mean = statistics.fmean(values)
-    if len(values) < 2:
-        return f"{mean:.3f}"
-    quantile = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}.get(len(values), 2.0)
-    return f"{mean:.3f} ± {quantile * statistics.stdev(values) / math.sqrt(len(values)):.3f}"
-
-
 def table(runs: Sequence[dict[str, Any]], baseline: str = "no transfer", share: float = 0.95) -> str:
     """Return a Markdown table of the methods: test hypervolume, and the cost of reaching the baseline's level.
 
@@ -226,22 +216,3 @@ def compare(
             hypervolume, seconds = outcome["test_hypervolume"], outcome["seconds"]
             print(f"{variant}, seed {seed}, {name}: {hypervolume:.3f} in {seconds:.0f} s", flush=True)
     return [run for run in result["runs"] if run["variant"] == variant]
-
-
-def machine() -> dict[str, Any]:
-    """Return what the numbers were made on."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
-    return {
-        "device": device,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-
-
-def save(path: Path, result: dict[str, Any]) -> None:
-    """Write the result whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(result, indent=1))
-    os.replace(part, path)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.utils import _pytree as pytree
 
 
@@ -167,13 +168,12 @@ class SplitNetwork:
 
 @contextmanager
 def frozen_statistics(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Let batch normalisation among ``modules`` use the statistics of the batch, but not take them up."""
-    # In evaluation instance normalisation reads the flag another way.
-    changed = [m for m in modules if isinstance(m, _NormBase) and m.track_running_stats and m.training]
-    for module in changed:
-        module.track_running_stats = False
-    try:
+    """Let batch and instance normalisation among ``modules`` not take up the statistics of what they see."""
+    # Each of the two classes ignores the attribute that the other one reads.
+    with ExitStack() as stack:
+        for module in modules:
+            if isinstance(module, _NormBase) and module.track_running_stats and module.training:
+                name, value = ("momentum", 0.0) if isinstance(module, _InstanceNorm) else ("track_running_stats", False)
+                stack.callback(setattr, module, name, getattr(module, name))
+                setattr(module, name, value)
         yield
-    finally:
-        for module in changed:
-            module.track_running_stats = True
