@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import torch
-from curves import machine, save
+from record import machine, save
 
 from mtl_lightning.cli import run
 from mtl_lightning.pareto import hypervolume
