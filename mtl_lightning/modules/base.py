@@ -112,8 +112,8 @@ class MultiTaskModule(LightningModule):
         """The names of the ``T`` tasks."""
         return tuple(task.name for task in self.tasks)
 
-    def loss_vector(self, outputs: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> Tensor:
-        """Return the losses of the tasks in ``targets``, in the order of the tasks, shape ``(T',)``.
+    def checked_losses(self, outputs: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the losses of the tasks in ``targets``, in the order of the tasks, each of shape ``()``.
 
         They are float32, or float64 where a loss is.
 
@@ -134,7 +134,11 @@ class MultiTaskModule(LightningModule):
                     f"The loss of task {name!r} should be a scalar. Found shape {tuple(losses[name].shape)}. "
                     "Use a reduction such as the mean."
                 )
-        return torch.stack([losses[name].to(torch.promote_types(losses[name].dtype, torch.float32)) for name in names])
+        return {name: losses[name].to(torch.promote_types(losses[name].dtype, torch.float32)) for name in names}
+
+    def loss_vector(self, outputs: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> Tensor:
+        """Return :meth:`checked_losses` as one tensor, shape ``(T',)``."""
+        return torch.stack(list(self.checked_losses(outputs, targets).values()))
 
     def count_labels(self, targets: Mapping[str, Tensor]) -> Tensor:
         """Return the number of labels of each task in the batch, float32, shape ``(T,)``.

@@ -63,9 +63,7 @@ class SingleNetworkModule(MultiTaskModule):
         inputs, targets = self.unpack_batch(batch)
         counts = self.count_labels(targets).tolist()
         present = {name: targets[name] for name, count in zip(self.task_names, counts, strict=True) if count}
-        if not present:
-            return {}
-        return dict(zip(present, self.loss_vector(self(inputs), present).unbind(), strict=True))
+        return self.checked_losses(self(inputs), present) if present else {}
 
     # ----------------------------------------------------------------------------------------------------- evaluation
 

@@ -356,7 +356,7 @@ class TaskGroupModule(SingleNetworkModule):
         if not targets:
             return outputs, {}
         with torch.set_grad_enabled(bool(group)):
-            return outputs, dict(zip(own, self.loss_vector(outputs, targets).unbind(), strict=True))
+            return outputs, dict(zip(own, self.checked_losses(outputs, targets).values(), strict=True))
 
     def _reduced_values(self, part: _Part, own: Mapping[int, Tensor], measured: Sequence[int]) -> Tensor:
         """Return the part that this batch has in the mean losses over all labels and ranks, shape ``(T,)``."""

@@ -28,7 +28,7 @@ def test_tasks_that_are_not_observed_keep_their_count() -> None:
     health = TaskHealth(["a", "b"], max_nonfinite=10)
     with pytest.warns(UserWarning, match="not finite"):
         observe(health, [NAN, NAN], [1.0, NAN], tasks=(1,))
-        observe(health, [1.0, 1.0], tasks=(0,))
+    observe(health, [1.0, 1.0], tasks=(0,))
     assert health.in_a_row.tolist() == [0, 2]
 
 
