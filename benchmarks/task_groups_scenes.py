@@ -148,7 +148,7 @@ def run(method: str, seed: int, seconds: float, every: int, rate: float) -> dict
     else:
         make, arguments = METHODS[method]
         rule = make()
-        arguments = {"affinity_decay": 0.01, "warmup_batches": 30} | arguments
+        arguments = {"affinity_decay": 0.01, "warmup_batches": 30, **arguments}
         factor = arguments.pop("rate", 1.0)
         build = _ThriceModule if isinstance(rule, _Thrice) else TaskGroupModule
         module = build(

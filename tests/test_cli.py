@@ -12,7 +12,9 @@ import yaml
 
 from mtl_lightning.cli import run
 
-CONFIG = Path(__file__).parents[1] / "configs" / "mt2o_multi_digits.yaml"
+CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIG = CONFIGS / "mt2o_multi_digits.yaml"
+SCENES = CONFIGS / "task_groups_scenes.yaml"
 SHORT = [
     "--model.init_args.growth.init_args.every_n_batches=1",
     "--trainer.max_epochs=2",
@@ -25,6 +27,19 @@ SHORT = [
     "--data.init_args.num_train=512",
     "--data.init_args.num_val=256",
     "--data.init_args.num_test=256",
+]
+
+SHORT_SCENES = [
+    "--model.init_args.warmup_batches=2",
+    "--model.init_args.network.init_args.encoder.init_args.channels=[16,16]",
+    "--trainer.max_epochs=2",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.accelerator=cpu",
+    "--data.init_args.num_train=24",
+    "--data.init_args.num_val=8",
+    "--data.init_args.num_test=8",
+    "--data.init_args.batch_size=8",
+    "--data.init_args.cache_dir=null",
 ]
 
 
@@ -68,9 +83,33 @@ def test_training_goes_on_from_a_checkpoint(folder: Path) -> None:
         assert [row["epoch"] for row in csv.DictReader(file)] == ["0"] * 8 + ["1"] * 10 + ["2"] * 10
 
 
-def test_the_printed_configuration_can_be_read_back(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_task_groups_leave_their_heat_map_timeline_and_metrics(folder: Path) -> None:
+    module = run(["fit", f"--config={SCENES}", *SHORT_SCENES]).model
+    assert module.affinity_matrix.any()
+    output = folder / "runs" / "task_groups_scenes" / "version_0"
+    for picture in ("affinity/affinity.png", "task_groups/timeline.png", "task_groups/together.png"):
+        assert (output / picture).read_bytes().startswith(b"\x89PNG")
+    with (output / "metrics.csv").open() as file:
+        logged = list(csv.DictReader(file))
+    assert sum(bool(row["val_normal_mean_angle/normal"]) for row in logged) == 2
+    with (output / "cost" / "cost.csv").open() as file:
+        cost = list(csv.DictReader(file))
+    # Two batches of single tasks and one that the affinity groups in the first epoch; the last step is measured.
+    assert int(cost[0]["batches"]) == 3
+    assert int(cost[0]["forwards"]) == int(cost[0]["optimizer_steps"]) + 3
+    checkpoint = output / "checkpoints" / "last.ckpt"
+    for command in ("validate", "test", "predict"):
+        run([command, f"--config={SCENES}", *SHORT_SCENES, f"--ckpt_path={checkpoint}"])
+    resumed = run(["fit", f"--config={SCENES}", *SHORT_SCENES, "--trainer.max_epochs=3", f"--ckpt_path={checkpoint}"])
+    assert resumed.model.batches_seen == 9
+
+
+@pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_printed_configuration_can_be_read_back(
+    config: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit):
-        run(["fit", f"--config={CONFIG}", "--print_config"])
+        run(["fit", f"--config={config}", "--print_config"])
     first = capsys.readouterr().out
     (folder / "printed.yaml").write_text(first)
     with pytest.raises(SystemExit):
@@ -99,6 +138,22 @@ def test_a_wrong_class_or_key_ends_in_one_line(
     message = _run(capsys, "fit", f"--config={CONFIG}", *arguments)
     assert message.startswith("mtl-lightning: error: ")
     assert expected in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--model.init_args.grouping=mtl_lightning.grouping.Nope"], "no attribute 'Nope'"),
+        (["--model.init_args.affinity_decay=2"], "(0, 1]"),
+        (["--model.init_args.loss_weights={nope: 1}"], "'nope'"),
+        (["--data.init_args.tasks=[semseg,nope]"], "nope"),
+        (["--data.init_args.size=16"], "[32, 224]"),
+    ],
+)
+def test_wrong_arguments_of_task_groups_end_in_one_line(
+    arguments: list[str], expected: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert expected in _run(capsys, "fit", f"--config={SCENES}", *arguments)
 
 
 def test_preference_vectors_can_be_written_out(folder: Path) -> None:
