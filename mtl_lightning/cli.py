@@ -1,7 +1,8 @@
-"""The command line: ``mtl-lightning fit|validate|test|predict --config FILE``.
+"""The command line: ``mtl-lightning fit|validate|test|predict --config FILE``, and ``mtl-lightning preview``.
 
-It is a :class:`~lightning.pytorch.cli.LightningCLI`: any LightningModule and any LightningDataModule, with their
-networks, tasks, rules and callbacks, are named by class in the configuration.
+The first is a :class:`~lightning.pytorch.cli.LightningCLI`: any LightningModule and any LightningDataModule, with their
+networks, tasks, rules and callbacks, are named by class in the configuration. The second draws samples of a data module
+with all their labels.
 """
 
 from __future__ import annotations
@@ -9,11 +10,15 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
+import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from mtl_lightning.datamodules.preview import write_preview
 
 
 class _Parser(LightningArgumentParser):
@@ -29,6 +34,7 @@ class MultiTaskCLI(LightningCLI):
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Return a parser whose errors are one line."""
+        kwargs.setdefault("epilog", "mtl-lightning preview --help: a picture of the samples of a data module.")
         parser = _Parser(**kwargs)
         parser.add_argument(
             "-c", "--config", action="config", help="Path to a configuration file in json or yaml format."
@@ -64,9 +70,40 @@ def run(args: Sequence[str] | None = None) -> MultiTaskCLI:
         sys.exit(f"mtl-lightning: error: {_one_line(str(error))}")
 
 
+def preview(args: Sequence[str]) -> Path:
+    """Draw samples of a data module with all their labels, and return the path of the picture.
+
+    Args:
+        args: The arguments after ``preview``: ``--data``, or ``--config`` of a file that has it, such as one for
+            ``fit``; ``--output``, ``--samples`` and ``--split``.
+    """
+    parser = _Parser(prog="mtl-lightning preview", description="Draw samples of a data module with all their labels.")
+    parser.add_argument("--config", type=str, help="Configuration file, of which only `data` is read.")
+    parser.add_argument("--output", type=str, default="preview.png", help="Path of the picture.")
+    parser.add_argument("--samples", type=int, default=6, help="Number of samples.")
+    parser.add_argument("--split", type=str, default="train", help="train, val or test.")
+    parser.add_subclass_arguments(LightningDataModule, "data", required=True)
+    try:
+        files = [args[place + 1] for place, word in enumerate(args[:-1]) if word == "--config"]
+        files += [word.partition("=")[2] for word in args if word.startswith("--config=")]
+        for file in files:
+            content = yaml.safe_load(Path(file).read_text()) or {}
+            if isinstance(content, dict) and "data" in content:
+                parser.set_defaults({"data": content["data"]})
+        config = parser.instantiate_classes(parser.parse_args(list(args)))
+        path = write_preview(config.output, config.data, config.samples, config.split)
+    except (MisconfigurationException, OSError, TypeError, ValueError, yaml.YAMLError) as error:
+        parser.error(f"{type(error).__name__}: {error}")
+    sys.stdout.write(f"{path}\n")
+    return path
+
+
 def main() -> None:
     """Run the command line with the arguments of the process."""
-    run()
+    if sys.argv[1:2] == ["preview"]:
+        preview(sys.argv[2:])
+    else:
+        run()
 
 
 def _one_line(message: str) -> str:

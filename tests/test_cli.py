@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from mtl_lightning.cli import run
+from mtl_lightning.cli import preview, run
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 CONFIG = CONFIGS / "mt2o_multi_digits.yaml"
@@ -180,6 +180,32 @@ def test_the_weight_decay_of_adamw_is_what_the_configuration_says(folder: Path) 
     checkpoint = folder / "runs" / "mt2o_multi_digits" / "version_0" / "checkpoints" / "last.ckpt"
     groups = torch.load(checkpoint, weights_only=True)["optimizer_states"][0]["param_groups"]
     assert groups[0]["weight_decay"] == 0.01
+
+
+@pytest.mark.parametrize("form", ["config", "flags"])
+def test_preview_draws_the_data_of_a_configuration(form: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--data.init_args.num_train=8", "--data.init_args.size=32", "--data.init_args.cache_dir=null"]
+    start = [f"--config={SCENES}"] if form == "config" else ["--data=mtl_lightning.datamodules.ScenesDataModule"]
+    path = preview([*start, *flags, "--output=sheets/scenes.png", "--samples=2"])
+    assert (folder / "sheets" / "scenes.png").read_bytes().startswith(b"\x89PNG")
+    assert capsys.readouterr().out == f"{path}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], "data"),
+        (["--config=nope.yaml"], "nope.yaml"),
+        ([f"--config={CONFIG}", "--split=validation"], "'train', 'val' or 'test'"),
+        ([f"--config={CONFIG}", "--samples=0"], "at least 1"),
+        ([f"--config={CONFIG}", "--data.init_args.num_train=0"], "num_train"),
+    ],
+)
+def test_what_preview_cannot_draw_ends_in_one_line(arguments: list[str], expected: str, folder: Path) -> None:
+    with pytest.raises(SystemExit, match=r"^mtl-lightning: error: ") as stop:
+        preview(arguments)
+    assert expected in str(stop.value.code)
+    assert "\n" not in str(stop.value.code)
 
 
 def test_the_command_is_installed() -> None:

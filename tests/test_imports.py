@@ -21,8 +21,8 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "networks": ({"core", "networks"}, {"torch", "timm"}),
     "modules": ({"core", "metrics", "modules"}, _LIGHTNING),
     "callbacks": ({"core", "metrics", "callbacks"}, _LIGHTNING | {"matplotlib"}),
-    "datamodules": ({"core", "metrics", "datamodules"}, _LIGHTNING | {"torchvision", "sklearn"}),
-    "cli": ({"core", "metrics", "networks", "modules", "callbacks", "datamodules"}, _LIGHTNING | {"jsonargparse"}),
+    "datamodules": ({"core", "metrics", "datamodules"}, _LIGHTNING | {"torchvision", "sklearn", "matplotlib"}),
+    "cli": ({"core", "metrics", "networks", "modules", "callbacks", "datamodules"}, _LIGHTNING | {"jsonargparse", "yaml"}),
 }
 PACKAGES = sorted(set(ALLOWED) - {"core", "cli"})
 

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib.image
+import numpy as np
+import pytest
+import torch
+from lightning import LightningDataModule
+from torch.utils.data import DataLoader
+
+from mtl_lightning.datamodules import MultiDigitsDataModule, ScenesDataModule
+from mtl_lightning.datamodules.preview import preview_figure, write_preview
+
+
+def scenes(**arguments: Any) -> ScenesDataModule:
+    defaults: dict[str, Any] = {"size": 32, "num_train": 5, "num_val": 2, "num_test": 0, "batch_size": 2}
+    return ScenesDataModule(cache_dir=None, **(defaults | arguments))
+
+
+def pictures(figure: Any) -> list[Any]:
+    return [axes.get_images()[0].get_array() for axes in figure.axes]
+
+
+def test_there_is_a_row_for_each_sample_and_a_column_for_each_task() -> None:
+    figure = preview_figure(scenes(tasks=["semseg", "normal", "depth_zbuffer"]), num_samples=3)
+    assert [axes.get_title() for axes in figure.axes[:4]] == ["input", "semseg", "normal", "depth_zbuffer"]
+    assert len(figure.axes) == 3 * 4
+
+
+def test_no_more_rows_than_samples() -> None:
+    assert len(preview_figure(scenes(tasks=["semseg"]), num_samples=99).axes) == 5 * 2
+
+
+def test_what_is_shown_is_the_sample() -> None:
+    data = scenes(tasks=["semseg", "depth_zbuffer"])
+    figure = preview_figure(data, num_samples=1, split="val")
+    inputs, targets = next(iter(data.val_dataloader()))
+    shown = pictures(figure)
+    np.testing.assert_array_equal(shown[1], targets["semseg"][0])
+    np.testing.assert_array_equal(shown[2], targets["depth_zbuffer"][0, 0])
+    image = inputs[0].movedim(0, -1)
+    np.testing.assert_allclose(shown[0][..., :3], (image - image.min()) / (image.max() - image.min()), atol=1e-6)
+
+
+def test_missing_labels_are_left_open() -> None:
+    figure = preview_figure(scenes(tasks=["semseg", "normal"], missing={"semseg": 0.9, "normal": 0.9}), num_samples=5)
+    classes = [picture.mask.all() for picture in pictures(figure)[1::3]]
+    normals = [not picture[..., 3].any() for picture in pictures(figure)[2::3]]
+    assert sum(classes) == sum(normals) == 4
+
+
+def test_single_labels_are_written() -> None:
+    figure = preview_figure(MultiDigitsDataModule(num_train=8), num_samples=2)
+    assert all(axes.texts[0].get_text().isdigit() for axes in (*figure.axes[1:3], *figure.axes[4:6]))
+
+
+def test_the_picture_is_written(tmp_path: Path) -> None:
+    path = write_preview(tmp_path / "new" / "sheet.png", scenes(tasks=["normal"]), num_samples=2)
+    assert matplotlib.image.imread(path).ndim == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [({"split": "valid"}, "'train', 'val' or 'test'"), ({"num_samples": 0}, "at least 1"), ({"split": "test"}, "none")],
+)
+def test_arguments_are_checked(arguments: dict[str, Any], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        preview_figure(scenes(), **arguments)
+
+
+def test_batches_of_another_form_are_refused() -> None:
+    class Plain(LightningDataModule):
+        def train_dataloader(self) -> Any:
+            return DataLoader(torch.zeros(4, 2))  # type: ignore[arg-type]
+
+    with pytest.raises(ValueError, match="should be `\\(inputs"):
+        preview_figure(Plain())
