@@ -42,9 +42,9 @@ class AffinityCallback(MeasuringCallback):
     :class:`~mtl_lightning.callbacks.task_losses.TaskGradients`, also for DDP, where losses and gradients are those of
     all ranks. The first measurement costs ``T`` more backward passes unless ``parameters_fn`` is given.
 
-    Logged, at once and under ``trainer.global_step``: ``affinity/<from>/<to>``, without unit; ``affinity_seconds``, of
-    the latest measurement; ``affinity``, the figure, to TensorBoard and W&B. Files, from rank zero and each whole or
-    not at all:
+    Logged, at once and under ``trainer.global_step``: ``affinity/<from>/<to>``, without unit; ``affinity_seconds``, the
+    duration of the latest measurement; ``affinity``, the figure, to TensorBoard and W&B. Files, from rank zero and each
+    whole or not at all:
 
     - ``affinity.csv``, after each epoch: ``epoch``, ``batch`` (how many were trained before), ``from``, ``to``,
       ``value``;
@@ -63,6 +63,7 @@ class AffinityCallback(MeasuringCallback):
         learning_rate: ``lr``, by default that of the optimiser's first parameter group at the time.
         dirpath: The folder; by default ``affinity`` in ``trainer.log_dir``, or in ``trainer.default_root_dir``.
         figure_every: Draw after every such number of epochs; 0 draws ``affinity.png`` only.
+        name: What takes the place of ``affinity`` in all names above, so that several instances can be attached.
 
     Raises:
         ValueError: If an argument is not usable; before training, if the module cannot be asked for its losses.
@@ -88,8 +89,9 @@ class AffinityCallback(MeasuringCallback):
         learning_rate: float | None = None,
         dirpath: str | Path | None = None,
         figure_every: int = 1,
+        name: str = "affinity",
     ) -> None:
-        super().__init__("affinity", every_n_batches, dirpath, figure_every)
+        super().__init__(name, every_n_batches, dirpath, figure_every)
         if measure not in get_args(Measure):
             raise ValueError(f"`measure` should be one of {get_args(Measure)}. Found {measure!r}.")
         if learning_rate is not None and not learning_rate > 0:
@@ -163,7 +165,7 @@ class AffinityCallback(MeasuringCallback):
     def measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
         """Measure and publish the affinity on ``batch``."""
         learning_rate = self._learning_rate(trainer)
-        with self.gradients.measure(trainer, pl_module, batch) as measurement:
+        with self.gradients.measure(trainer, pl_module, batch, seed=self.batches_seen) as measurement:
             if measurement is None:
                 return
             take = _look_ahead if self.measured == "look_ahead" else _first_order
@@ -176,8 +178,8 @@ class AffinityCallback(MeasuringCallback):
         return bool(self._records)
 
     def write_tables(self, folder: Path) -> None:
-        """Write ``affinity.csv``."""
-        write_rows(folder / "affinity.csv", ("epoch", "batch", "from", "to", "value"), self.history)
+        """Write ``<name>.csv``."""
+        write_rows(folder / f"{self.name}.csv", ("epoch", "batch", "from", "to", "value"), self.history)
 
     def figure(self) -> Figure:
         """Return the latest affinity as a new ``matplotlib.figure.Figure``, which ``pyplot`` does not manage.
@@ -191,9 +193,9 @@ class AffinityCallback(MeasuringCallback):
         return heat_map(
             self._latest(),
             self.task_names,
-            title=f"Affinity in epoch {epoch}, after {batch} batches",
-            labels=("from", "to"),
-            value="affinity (positive: helps)",
+            title=f"What a step for one task does to the loss of another\nepoch {epoch}, after {batch} batches",
+            labels=("from the task of the step", "to the task of the loss"),
+            value="affinity, share of the loss (positive: helps)",
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -221,7 +223,7 @@ class AffinityCallback(MeasuringCallback):
         self._records.append((epoch, self.batches_seen, matrix))
         entries = zip(self.task_names, matrix, strict=True)
         keys = {
-            f"affinity/{source}/{target}": float(value)
+            f"{self.name}/{source}/{target}": float(value)
             for source, row in entries
             for target, value in zip(self.task_names, row, strict=True)
         }

@@ -126,6 +126,7 @@ class CostCallback(Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin to listen."""
         self._remove_hook()
+        self._in_batch = False  # a run that was stopped left it as it was
         self._measuring = attached(trainer, MeasuringCallback)  # type: ignore[type-abstract]
         self._handle = self._find(pl_module).register_forward_pre_hook(self._count_forward)
 

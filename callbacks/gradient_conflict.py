@@ -33,7 +33,7 @@ class GradientConflictCallback(MeasuringCallback):
     - ``gradient_cosine/<a>/<b>``, for each pair once, and ``gradient_cosine``, their mean;
     - ``gradient_conflict``: the share of pairs whose cosine is negative, in [0, 1];
     - ``gradient_norm/<task>``, in the unit of the loss per that of the parameters;
-    - ``gradient_conflict_seconds``: of the latest measurement;
+    - ``gradient_conflict_seconds``: of the latest measurement, in seconds;
     - ``gradient_conflict``, the figure of the latest cosines, to TensorBoard and W&B.
 
     Files, from rank zero and each whole or not at all: ``gradient_cosine.csv`` (``epoch``, ``batch``, ``first``,
@@ -51,6 +51,8 @@ class GradientConflictCallback(MeasuringCallback):
         dirpath: The folder; by default ``gradient_conflict`` in ``trainer.log_dir``, or in
             ``trainer.default_root_dir``.
         figure_every: Draw after every such number of epochs; 0 draws ``gradient_conflict.png`` only.
+        name: What takes the place of ``gradient`` in all names above, so that several instances can be attached, for
+            example one for each layer.
 
     Raises:
         ValueError: If an argument is not usable; before training, if the module cannot be asked for its losses.
@@ -74,9 +76,11 @@ class GradientConflictCallback(MeasuringCallback):
         *,
         dirpath: str | Path | None = None,
         figure_every: int = 1,
+        name: str = "gradient",
     ) -> None:
-        super().__init__("gradient_conflict", every_n_batches, dirpath, figure_every)
+        super().__init__(f"{name}_conflict", every_n_batches, dirpath, figure_every)
         self.gradients = TaskGradients(losses_fn, parameters_fn)
+        self._prefix = name
         self._records: list[tuple[int, int, np.ndarray, list[float]]] = []
 
     @property
@@ -104,19 +108,21 @@ class GradientConflictCallback(MeasuringCallback):
 
     def measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
         """Measure and publish the cosines on ``batch``."""
-        with self.gradients.measure(trainer, pl_module, batch) as measurement:
+        with self.gradients.measure(trainer, pl_module, batch, seed=self.batches_seen) as measurement:
             if measurement is None:
                 return
             gramian = self.placed(measurement.names, measurement.gramian())
         norms = np.sqrt(np.diag(gramian))
         with np.errstate(invalid="ignore", divide="ignore"):
             cosines = gramian / np.outer(norms, norms)
-        cosines[~np.isfinite(cosines)] = np.nan
-        self._records.append((trainer.current_epoch, self.batches_seen, cosines.clip(-1.0, 1.0), norms.tolist()))
+        cosines = np.where(np.isfinite(cosines), cosines.clip(-1.0, 1.0), np.nan)
+        self._records.append((trainer.current_epoch, self.batches_seen, cosines, norms.tolist()))
         summary = _summary(cosines)
-        values = {f"gradient_cosine/{first}/{second}": value for first, second, value in self._pairs(cosines)}
-        values |= {"gradient_cosine": summary["mean_cosine"], "gradient_conflict": summary["conflict"]}
-        values |= {f"gradient_norm/{task}": norm for task, norm in zip(self.task_names, norms.tolist(), strict=True)}
+        values = {f"{self._prefix}_cosine/{first}/{second}": value for first, second, value in self._pairs(cosines)}
+        values |= {f"{self._prefix}_cosine": summary["mean_cosine"], f"{self._prefix}_conflict": summary["conflict"]}
+        values |= {
+            f"{self._prefix}_norm/{task}": norm for task, norm in zip(self.task_names, norms.tolist(), strict=True)
+        }
         publish(trainer, pl_module, finite(values))
 
     def has_measured(self) -> bool:
@@ -124,15 +130,15 @@ class GradientConflictCallback(MeasuringCallback):
         return bool(self._records)
 
     def write_tables(self, folder: Path) -> None:
-        """Write ``gradient_cosine.csv`` and ``gradient_conflict.csv``."""
+        """Write ``<name>_cosine.csv`` and ``<name>_conflict.csv``."""
         rows = [
             {"epoch": epoch, "batch": batch, "first": first, "second": second, "cosine": value}
             for epoch, batch, cosines, _ in self._records
             for first, second, value in self._pairs(cosines)
         ]
-        write_rows(folder / "gradient_cosine.csv", ("epoch", "batch", "first", "second", "cosine"), rows)
+        write_rows(folder / f"{self._prefix}_cosine.csv", ("epoch", "batch", "first", "second", "cosine"), rows)
         history = self.history
-        write_rows(folder / "gradient_conflict.csv", list(history[-1]), history)
+        write_rows(folder / f"{self.name}.csv", list(history[-1]), history)
 
     def figure(self) -> Figure:
         """Return the latest cosines as a new ``matplotlib.figure.Figure``, which ``pyplot`` does not manage.

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _MOST_NUMBERS = 12  # of tasks; beyond it the numbers in the cells would be too small to read
+_MOST_LETTERS = 24  # of a name; longer ones would leave no room for the picture
 
 
 def heat_map(
@@ -25,7 +26,7 @@ def heat_map(
 
     Args:
         matrix: The values; NaN where there is none, which is drawn grey.
-        names: The names of the ``T`` tasks.
+        names: The names of the ``T`` tasks; see :func:`short_names`.
         title: Above the picture.
         labels: What the rows and what the columns are.
         value: What the values are, beside the colour bar.
@@ -35,7 +36,7 @@ def heat_map(
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    num_tasks = len(names)
+    num_tasks, names = len(names), short_names(names)
     finite = np.isfinite(matrix)
     if limits is None:
         others = np.abs(matrix[finite & ~np.eye(num_tasks, dtype=bool)])
@@ -78,3 +79,14 @@ def heat_map(
     axes.tick_params(which="both", length=0)
     axes.spines[:].set_visible(False)
     return figure
+
+
+def short_names(names: Sequence[str]) -> list[str]:
+    """Return ``names`` with dots in the place of the middle of those of more than 24 letters.
+
+    Example:
+        >>> short_names(["normal", "depth_of_the_scene_in_metres_along_the_ray"])
+        ['normal', 'depth_of_th...ong_the_ray']
+    """
+    half = (_MOST_LETTERS - 2) // 2
+    return [name if len(name) <= _MOST_LETTERS else f"{name[:half]}...{name[-half:]}" for name in names]

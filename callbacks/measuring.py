@@ -13,6 +13,7 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from mtl_lightning.callbacks.output import draw, log_picture, output_folder, write_picture
@@ -25,7 +26,7 @@ class MeasuringCallback(Callback, ABC):
     """Calls ``measure`` before every n-th training batch, and writes tables and figures.
 
     Args:
-        name: The name of the folder and of the figures.
+        name: The name of the folder, of the figures and of the state in checkpoints.
         every_n_batches: Measure before the first and then every such number of batches; None for the first batch of
             each epoch.
         dirpath: The folder; by default ``name`` in ``trainer.log_dir``, or in ``trainer.default_root_dir``.
@@ -52,6 +53,12 @@ class MeasuringCallback(Callback, ABC):
         self.is_measuring = False
         self.measure_seconds = 0.0
         self._task_names: list[str] = []
+        self._warned = False
+
+    @property
+    def state_key(self) -> str:
+        """One state per name, so that several instances can be attached."""
+        return self._generate_state_key(name=self.name)
 
     @property
     def task_names(self) -> tuple[str, ...]:
@@ -87,6 +94,8 @@ class MeasuringCallback(Callback, ABC):
         every = self.every_n_batches
         if (batch_idx if every is None else self.batches_seen % every) != 0:
             return
+        if pl_module.device.type == "cuda":
+            torch.cuda.synchronize(pl_module.device)  # else the rest of the batch before would count as measuring
         start = time.perf_counter()
         self.is_measuring = True
         try:
@@ -106,6 +115,12 @@ class MeasuringCallback(Callback, ABC):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the tables and, if it is time, the figure."""
+        if self.measure_seconds > 0 and not self.has_measured() and not self._warned:
+            self._warned = True
+            rank_zero_warn(
+                f"`{type(self).__name__}` has measured nothing so far: batches should have finite losses of at least "
+                "two tasks. Found none when it was time to measure."
+            )
         if self.folder is None or not trainer.is_global_zero or not self.has_measured():
             return
         self.write_tables(self.folder)

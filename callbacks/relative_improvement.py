@@ -13,8 +13,6 @@ from lightning.pytorch.utilities import rank_zero_warn
 from mtl_lightning.callbacks.measuring import publish
 from mtl_lightning.metrics.relative_improvement import Baseline, RelativeImprovement
 
-_KEY = "val_delta_m"
-
 
 class RelativeImprovementCallback(Callback):
     """Logs the relative improvement over single-task baselines, delta m, of each validation, on any LightningModule.
@@ -32,6 +30,7 @@ class RelativeImprovementCallback(Callback):
             :func:`~mtl_lightning.metrics.save_baselines` writes it, or the mapping itself. The names are those under
             which the module logs.
         per: Whether tasks or metrics count alike: see :mod:`mtl_lightning.metrics.relative_improvement`.
+        name: The key under which it is logged, so that several instances can be attached.
 
     Raises:
         OSError: If there is no such file.
@@ -44,7 +43,14 @@ class RelativeImprovementCallback(Callback):
         RelativeImprovement(val_rmse/depth, per='task')
     """
 
-    def __init__(self, baselines: str | Path | Mapping[str, Baseline], per: Literal["task", "metric"] = "task") -> None:
+    def __init__(
+        self,
+        baselines: str | Path | Mapping[str, Baseline],
+        per: Literal["task", "metric"] = "task",
+        *,
+        name: str = "val_delta_m",
+    ) -> None:
+        self.name = name
         self.improvement = RelativeImprovement(baselines, per=per)
         self._before: dict[str, Any] = {}
         self._observed = False
@@ -78,10 +84,10 @@ class RelativeImprovementCallback(Callback):
             if final and not self._warned:
                 self._warned = True
                 rank_zero_warn(
-                    f"This validation did not log {', '.join(map(repr, stale))}, so it has no {_KEY!r}. Further cases "
-                    "are not reported."
+                    f"This validation did not log {', '.join(map(repr, stale))}, so it has no {self.name!r}. Further "
+                    "cases are not reported."
                 )
             return
         value = trainer.strategy.broadcast(self.improvement(metrics))
-        publish(trainer, pl_module, {_KEY: value})
+        publish(trainer, pl_module, {self.name: value})
         self._observed = True

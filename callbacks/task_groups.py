@@ -12,7 +12,7 @@ import numpy as np
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, from_numpy
 
-from mtl_lightning.callbacks.heat_map import heat_map
+from mtl_lightning.callbacks.heat_map import heat_map, short_names
 from mtl_lightning.callbacks.measuring import finite, publish
 from mtl_lightning.callbacks.output import draw, log_picture, output_folder, write_picture, write_rows
 from mtl_lightning.partitions import adjusted_rand_index, matched_labels, pair_flip_rate
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 _ABSENT = -1
 _MOST_RUNS = 4096  # more than twice as many as the timeline has columns
 _MOST_COLUMNS = 1500
+
+_ALONE = "#C9CCD1"
 
 # Okabe and Ito, for colour-blind readers, then others that stay apart from these.
 _PALETTE = (
@@ -53,8 +55,9 @@ class TaskGroupCallback(Callback):
     - ``groups.csv``: ``epoch``, ``batch`` (how many have been trained), ``number``, ``number_so_far`` (the mean since
       the start), ``adjusted_rand_index``, ``pair_flip_rate``;
     - ``timeline.csv``: ``from_batch`` and ``to_batch`` (counted from 0, both inclusive) of each stretch of equal
-      partitions, and its ``groups`` as JSON; and ``timeline.png``, where tasks of one colour are one group. A group
-      keeps the colour of that before it with which it shares most tasks;
+      partitions, and its ``groups`` as JSON; and ``timeline.png``, where tasks of one colour are one group, and tasks
+      that are alone are grey. A group keeps the colour of that before it with which it shares most tasks. With more
+      than 16 tasks two groups may have one colour;
     - ``together.csv`` and ``together.png``: for each pair of tasks, in how many of the sampled batches it was together.
 
     Beyond 4096 stretches every other sample of the timeline is dropped, again and again, so that memory and checkpoint
@@ -176,6 +179,8 @@ class TaskGroupCallback(Callback):
         columns = np.searchsorted(starts, edges[:-1], side="right").clip(1) - 1
         labels = np.array([labels for _, _, labels in self._runs])[columns].T
         picture = np.where((labels == _ABSENT)[..., None], 1.0, palette[labels % len(palette)])
+        is_alone = (labels[:, None] == labels[None, :]).sum(axis=1) == 1
+        picture[is_alone & (labels != _ABSENT)] = to_rgb(_ALONE)
 
         num_tasks = len(self._task_names)
         figure = Figure(
@@ -184,9 +189,9 @@ class TaskGroupCallback(Callback):
         axes = figure.add_subplot()
         axes.imshow(picture, aspect="auto", interpolation="nearest", extent=(0.0, float(end), num_tasks - 0.5, -0.5))
         axes.hlines(np.arange(1, num_tasks) - 0.5, 0, end, colors="white", linewidth=2.0)
-        axes.set_yticks(range(num_tasks), self._task_names)
+        axes.set_yticks(range(num_tasks), short_names(self._task_names))
         axes.set_xlabel("batch")
-        axes.set_title("Task groups: in each batch, tasks of one colour are updated together", fontsize=10)
+        axes.set_title("In each batch, tasks of one colour are updated together, grey ones alone", fontsize=10)
         axes.tick_params(axis="y", length=0)
         axes.spines[["top", "right", "left"]].set_visible(False)
         return figure

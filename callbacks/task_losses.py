@@ -15,6 +15,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from torch import Tensor, nn
 
 from mtl_lightning.protocols import TaskLossesProtocol
+from mtl_lightning.seeds import mix_seed
 
 LossesFn = Callable[[Any, Any], Mapping[str, Tensor]]
 """From the LightningModule and a batch to the loss of each task with labels in it, shape ``()``, with its graph."""
@@ -27,10 +28,11 @@ class TaskGradients:
     """Takes the gradients of the tasks' losses on shared parameters.
 
     Nothing of the training changes: parameters, their ``grad``, buffers (batch-norm statistics), the train mode and the
-    random numbers of torch, of its CUDA device, of NumPy and of Python are afterwards what they were, and every forward
-    pass of one measurement sees the same random numbers (the same dropout). Neither DDP's reducer nor hooks on
-    ``grad`` are triggered, since ``torch.autograd.grad`` is used; gradients and losses are averaged over the ranks
-    that have the task, so all ranks have to measure at the same time, and have equal results.
+    random numbers of torch, of its CUDA device, of NumPy and of Python are afterwards what they were. Every forward
+    pass of one measurement sees the same random numbers (the same dropout), which depend on a seed and the rank alone,
+    so that a resumed run measures what the uninterrupted one does. Neither DDP's reducer nor hooks on ``grad`` are
+    triggered, since ``torch.autograd.grad`` is used; gradients and losses are averaged over the ranks that have the
+    task, so all ranks have to measure at the same time, and have equal results.
 
     By default the shared parameters are those that at least two losses depend on. That is found out by one more
     backward pass for each task when it is first seen.
@@ -63,15 +65,17 @@ class TaskGradients:
         self._resolve(pl_module)
 
     @contextmanager
-    def measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> Iterator[Measurement | None]:
-        """Give the losses on ``batch`` and their gradients while the context is open.
+    def measure(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, seed: int
+    ) -> Iterator[Measurement | None]:
+        """Give the losses on ``batch`` and their gradients while the context is open, with random numbers by ``seed``.
 
         The value is None if fewer than two tasks have labels in the batch, on all ranks together.
 
         Raises:
             ValueError: If the losses are no mapping from names to scalars, or the tasks share no parameters.
         """
-        losses_of, moment = self._resolve(pl_module), _Moment(pl_module)
+        losses_of, moment = self._resolve(pl_module), _Moment(pl_module, mix_seed(seed, trainer.global_rank))
 
         def forward() -> dict[str, Tensor]:
             with trainer.precision_plugin.train_step_context():
@@ -209,12 +213,12 @@ class Measurement:
 
 
 class _Moment:
-    """The buffers and random numbers of a module at one moment, to which any number of forward passes can return."""
+    """The buffers of a module at one moment, to which any number of forward passes can return; and a seed for them."""
 
-    def __init__(self, pl_module: pl.LightningModule) -> None:
+    def __init__(self, pl_module: pl.LightningModule, seed: int) -> None:
         self._pl_module = pl_module
+        self._seed = seed
         self._buffers = _buffers(pl_module)
-        self._random_states = _random_states(pl_module.device)
 
     @contextmanager
     def again(self) -> Iterator[None]:
@@ -225,7 +229,7 @@ class _Moment:
             # Other tensors instead of other values: a graph may have saved the buffers that are there now.
             for module, name, buffer in self._buffers:
                 setattr(module, name, copies[id(buffer)])
-            _set_random_states(self._random_states, self._pl_module.device)
+            _seed_all(self._seed, self._pl_module.device)
             yield
         finally:
             for module, name, buffer in buffers:
@@ -237,6 +241,15 @@ def _buffers(pl_module: pl.LightningModule) -> list[tuple[nn.Module, str, Tensor
     return [
         (module, name, buffer) for module in pl_module.modules() for name, buffer in module.named_buffers(recurse=False)
     ]
+
+
+def _seed_all(seed: int, device: torch.device) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)  # not `torch.manual_seed`, which seeds all CUDA devices
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
 
 
 def _random_states(device: torch.device) -> tuple[Any, ...]:

@@ -185,7 +185,21 @@ class SceneFile:
             )
 
     def ensure(self) -> None:
-        """Render the scenes into the file, unless it is there and every byte is right."""
+        """Render the scenes into the file, unless it is there and every byte is right.
+
+        Raises:
+            OSError: If the file cannot be read or written.
+        """
+        try:
+            self._ensure()
+        except OSError as error:
+            mebibytes = (_HEADER_BYTES + len(self) * self.scenes.dtype.itemsize) / 2**20
+            raise OSError(
+                f"The folder of the scenes, {str(self.path.parent)!r}, should be writable and have {mebibytes:.0f} MiB "
+                f"free; choose another `cache_dir`, or None. Found: {error}."
+            ) from error
+
+    def _ensure(self) -> None:
         try:
             problem = self.problem(read_all=True)
             if problem is None:

@@ -16,7 +16,8 @@ from mtl_lightning.datamodules.base import Split, SplitDataModule, check_at_leas
 from mtl_lightning.datamodules.joint_transforms import JointTransform, LabelKind, missing_like
 from mtl_lightning.datamodules.loading import EpochSampler, ResumableDataLoader, derive_seed
 from mtl_lightning.datamodules.scene_cache import SceneFile, SceneSet, read_map
-from mtl_lightning.datamodules.scene_rendering import MAX_SIZE, MIN_SIZE, SEMSEG_CLASSES
+from mtl_lightning.datamodules.scene_geometry import SEMSEG_CLASSES
+from mtl_lightning.datamodules.scene_rendering import MAX_SIZE, MIN_SIZE
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,11 @@ class SceneTask:
     def is_classes(self) -> bool:
         """Whether labels are integers, shape ``(B, H, W)``, and not floats, shape ``(B, channels, H, W)``."""
         return self.kind == "classes"
+
+    @property
+    def has_classes(self) -> bool:
+        """Whether each number names a class, in integers or, in a mask of edges, as 0 or 1 in floats."""
+        return self.kind in ("classes", "mask")
 
 
 #: All tasks, by name.
@@ -118,7 +124,7 @@ class ScenesDataset(Dataset[tuple[Tensor, dict[str, Tensor]]]):
 
     def _draw_missing(self, task: str, share: float) -> frozenset[int]:
         order = torch.randperm(len(self), generator=self._generator("missing", task))
-        return frozenset(order[: round(share * len(self))].tolist())
+        return frozenset(order[: min(round(share * len(self)), len(self) - 1)].tolist())
 
     def _label(self, record: Any, task: str, index: int, *, mirrored: bool) -> Tensor:
         # The light of reshading is on the right of the camera: only a label lit from the left is true once flipped.
@@ -131,11 +137,11 @@ class ScenesDataset(Dataset[tuple[Tensor, dict[str, Tensor]]]):
 
 
 def _add_noise(label: Tensor, task: SceneTask, noise: float, generator: torch.Generator) -> Tensor:
-    if task.is_classes:
+    if task.has_classes:
+        # A mask is a map of two classes: Gaussian noise would make losses of probabilities unbounded.
+        number = 2 if task.kind == "mask" else task.channels or int(label.max()) + 1
         wrong = torch.rand(label.shape, generator=generator) < noise
-        return torch.where(
-            wrong, torch.randint(task.channels or int(label.max()) + 1, label.shape, generator=generator), label
-        )
+        return torch.where(wrong, torch.randint(number, label.shape, generator=generator).to(label.dtype), label)
     label = label + noise * label.std(unbiased=False) * torch.randn(label.shape, generator=generator)
     return torch.nn.functional.normalize(label, dim=0) if task.kind == "normal" else label
 
@@ -181,9 +187,10 @@ class ScenesDataModule(SplitDataModule):
         shading: The strength of light and shadow, in ``[0, 1]``.
         label_noise: The noise of the training labels, by task: for float labels the standard deviation of Gaussian
             noise on each number, as a multiple of the standard deviation of that label over the picture (noisy normals
-            are brought back to unit length, others leave their range); for classes, the share of pixels, in ``[0, 1]``,
-            whose class is drawn at random. It is the same in every epoch.
-        missing: The share of training scenes, in ``[0, 1)``, that lack the label, by task; drawn independently.
+            are brought back to unit length, others leave their range); for classes and occlusion edges, the share of
+            pixels, in ``[0, 1]``, whose class is drawn at random. It is the same in every epoch.
+        missing: The share of training scenes, in ``[0, 1)``, that lack the label, by task; drawn independently. At
+            least one scene keeps it.
         augment: Whether training pictures are mirrored and cropped at random.
         cache_dir: The folder of the files; ``"auto"`` is ``mtl_lightning/scenes`` in the user's cache folder,
             ``$XDG_CACHE_HOME`` or ``~/.cache``. With None nothing is written and every picture is rendered, again in
@@ -316,7 +323,7 @@ class ScenesDataModule(SplitDataModule):
                 raise ValueError(f"`{name}` should name tasks among {', '.join(self.tasks)}. Found {task!r}.")
             if name == "missing":
                 interval, inside = "[0, 1)", 0 <= rate < 1
-            elif SCENE_TASKS[task].is_classes:
+            elif SCENE_TASKS[task].has_classes:
                 interval, inside = "[0, 1]", 0 <= rate <= 1
             else:
                 interval, inside = "[0, inf)", 0 <= rate < float("inf")

@@ -107,6 +107,8 @@ class MaskedCrossEntropyLoss(nn.Module):
     Raises:
         ValueError: If ``label_smoothing`` is out of range, or shapes do not match.
         TypeError: If the target is no integer tensor.
+        IndexError: If an index is neither that of a class nor missing, on a CPU. On CUDA that is an assertion of the
+            device, after which the process has to end.
 
     Example:
         >>> loss = MaskedCrossEntropyLoss(ignore_index=255)

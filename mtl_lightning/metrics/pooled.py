@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from math import inf, isnan
+from math import isnan
 from typing import Any
 
 import torch
@@ -40,7 +40,8 @@ class PooledMetric(Metric):
         # A collection lets metrics share one state if the names and values of theirs agree after the first batch, which
         # they may by chance. With the settings among the states, metrics that update differently never agree. They
         # come first, since torchmetrics 1.6 compares the first state only, and are constant under the maximum.
-        values = torch.tensor([inf if ignore_value is None else ignore_value, *settings], dtype=torch.float64)
+        ignored = (0.0, 0.0) if ignore_value is None else (1.0, ignore_value)
+        values = torch.tensor([*ignored, *settings], dtype=torch.float64)
         self.add_state("settings", values, dist_reduce_fx="max")
 
     def add_sum(self, name: str) -> None:

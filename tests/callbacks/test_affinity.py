@@ -393,6 +393,25 @@ def test_resumed_history_equals_the_uninterrupted_one(make_trainer: Callable[...
         assert (tmp_path / "resumed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+@pytest.mark.parametrize("measure", MEASURES)
+def test_resumed_history_of_a_network_with_dropout_equals_the_uninterrupted_one(
+    make_trainer: Callable[..., pl.Trainer], tmp_path: Path, measure: Literal["look_ahead", "gradient"]
+) -> None:
+    class Seeded(Toy):
+        """What is random in a batch depends on the batch alone."""
+
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            pl.seed_everything(self.trainer.global_step, verbose=False)
+
+    whole, resumed = (AffinityCallback(4, measure=measure, figure_every=0) for _ in range(2))
+    checkpoints = ModelCheckpoint(tmp_path, save_top_k=-1, every_n_train_steps=8)
+    make_trainer(whole, checkpoints, max_epochs=3).fit(Seeded())
+    torch.rand(1)  # the resumed run finds other random numbers
+    make_trainer(resumed, max_epochs=3).fit(Seeded(), ckpt_path=tmp_path / "epoch=1-step=8.ckpt")
+    assert len(whole.history) == 3 * 9
+    assert resumed.history == whole.history
+
+
 @pytest.mark.parametrize("step", [3, 4])
 def test_resumed_readings_equal_the_uninterrupted_ones(
     make_trainer: Callable[..., pl.Trainer], tmp_path: Path, step: int
@@ -536,3 +555,26 @@ def test_a_task_that_one_rank_lacks_is_that_of_the_other(
     matrix = json.loads((tmp_path / "matrix.json").read_text())
     assert matrix[2][2] == pytest.approx(float(gradients[0].dot(gradients[0]) / own[2]), rel=1e-4)
     assert matrix[0][2] == pytest.approx(float(gradients[1].dot(gradients[0]) / own[2]), rel=1e-4, abs=1e-6)
+
+
+def test_two_instances_have_their_own_names_files_and_states(
+    make_trainer: Callable[..., pl.Trainer], tmp_path: Path
+) -> None:
+    def callbacks() -> list[AffinityCallback]:
+        return [AffinityCallback(1), AffinityCallback(2, measure="gradient", name="first_order")]
+
+    saved = ModelCheckpoint(tmp_path, every_n_train_steps=5, save_top_k=-1)
+    trainer = make_trainer(*callbacks(), saved, max_epochs=2)
+    trainer.fit(Toy())
+    assert {"affinity/a/b", "affinity_seconds", "first_order/a/b", "first_order_seconds"} <= set(trainer.logged_metrics)
+    assert (tmp_path / "affinity/affinity.csv").exists()
+    assert (tmp_path / "first_order/first_order.csv").exists()
+    resumed = callbacks()
+    make_trainer(*resumed, max_epochs=2).fit(Toy(), ckpt_path=next(tmp_path.glob("*.ckpt")))
+    assert [len(callback.history) for callback in resumed] == [8 * 9, 4 * 9]
+
+
+def test_a_run_that_measures_nothing_is_reported(make_trainer: Callable[..., pl.Trainer]) -> None:
+    callback = AffinityCallback(1, losses_fn=lambda module, batch: {"a": module.losses(batch)["a"]})
+    with pytest.warns(UserWarning, match="`AffinityCallback` has measured nothing so far"):
+        make_trainer(callback, max_epochs=1).fit(Toy())

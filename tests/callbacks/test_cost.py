@@ -268,3 +268,16 @@ def test_ranks_agree(make_trainer: Callable[..., pl.Trainer], tmp_path: Path, ki
     assert reports[0][:5] == [6, 6, 6, 6, 12]
     assert reports[0][5] > 6 * 0.1  # the slowest rank counts
     assert math.isfinite(reports[0][6])
+
+
+def test_the_sanity_check_after_a_stopped_run_is_not_counted(make_trainer: Callable[..., pl.Trainer]) -> None:
+    class Stop(pl.Callback):
+        def on_before_optimizer_step(self, *arguments: Any) -> None:
+            raise RuntimeError("stopped")
+
+    callback = CostCallback()
+    with pytest.raises(RuntimeError, match="stopped"):
+        make_trainer(callback, Stop(), max_epochs=1).fit(Toy())
+    before = callback.totals.forwards
+    make_trainer(callback, max_epochs=1, num_sanity_val_steps=2).fit(Toy())
+    assert callback.totals.forwards == before + 4

@@ -160,3 +160,26 @@ def test_module_without_losses_is_refused_before_training(
 def test_drawing_without_values_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one measurement"):
         GradientConflictCallback().figure()
+
+
+def test_two_instances_have_their_own_names_and_files(make_trainer: Callable[..., pl.Trainer], tmp_path: Path) -> None:
+    options: dict[str, Any] = {"parameters_fn": lambda module: [module.point]}
+    trainer = make_trainer(GradientConflictCallback(), GradientConflictCallback(name="point", **options), max_epochs=1)
+    trainer.fit(Compass())
+    names = {f"point_{ending}" for ending in ("cosine", "conflict", "conflict_seconds", "norm/east")}
+    assert names <= set(trainer.logged_metrics)
+    files = {path.name for path in (tmp_path / "point_conflict").glob("*.csv")}
+    assert files == {"point_conflict.csv", "point_cosine.csv"}
+
+
+def test_logged_cosines_are_within_their_range(make_trainer: Callable[..., pl.Trainer]) -> None:
+    def losses_fn(module: Compass, batch: Any) -> dict[str, Tensor]:
+        line = (module.point * torch.tensor([0.1, 0.7])).sum()
+        return {str(index): line * factor for index, factor in enumerate(factors)}
+
+    factors = [1.0, -3.1, 7.3, 0.9, -1.7, 11.3, 0.123]
+    trainer = make_trainer(GradientConflictCallback(losses_fn=losses_fn), max_epochs=1)
+    trainer.fit(Compass())
+    cosines = [value for key, value in trainer.logged_metrics.items() if key.startswith("gradient_cosine/")]
+    assert len(cosines) == 21
+    assert max(map(abs, map(float, cosines))) <= 1.0

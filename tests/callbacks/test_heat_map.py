@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
 from mtl_lightning.callbacks.heat_map import heat_map
+from mtl_lightning.callbacks.output import draw
 
 
 def _draw(matrix: np.ndarray, limits: tuple[float, float] | None = None) -> Figure:
@@ -40,3 +43,12 @@ def test_rows_and_columns_are_named() -> None:
     axes = _draw(np.eye(2)).axes[0]
     assert (axes.get_ylabel(), axes.get_xlabel()) == ("from", "to")
     assert [label.get_text() for label in axes.get_yticklabels()] == ["task0", "task1"]
+
+
+def test_long_names_leave_room_for_the_picture() -> None:
+    names = [f"{letter * 60}_{letter}" for letter in "abcd"]
+    figure = heat_map(np.eye(4), names, title="title", labels=("from", "to"), value="value")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of a layout that does not fit
+        draw(figure)
+    assert figure.axes[0].get_position().width > 0.3

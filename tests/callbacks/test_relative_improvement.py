@@ -161,3 +161,14 @@ def test_ranks_agree(
     make_trainer(callback, Report(), max_epochs=2, devices=2, strategy=strategy).fit(module)
     reports = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2)]
     assert reports[0] == reports[1] == pytest.approx(_expected(script)[1], rel=1e-5)
+
+
+def test_both_conventions_can_be_logged_side_by_side(
+    single: Callable[..., Any], make_trainer: Callable[..., pl.Trainer]
+) -> None:
+    baselines = {"val/left": Baseline(0.5, higher_is_better=False)}
+    callbacks = RelativeImprovementCallback(BASELINES), RelativeImprovementCallback(baselines, name="val_delta_left")
+    trainer = make_trainer(*callbacks, max_epochs=1)
+    trainer.fit(single(torch.tensor([[0.25, 0.5]]), HOOKS[0]))
+    assert trainer.callback_metrics["val_delta_m"].item() == pytest.approx(75.0)
+    assert trainer.callback_metrics["val_delta_left"].item() == pytest.approx(50.0)

@@ -246,3 +246,14 @@ def test_pyplot_does_not_know_the_figures(make_trainer: Callable[..., pl.Trainer
     make_trainer(callback, max_epochs=1).fit(Grouped(_random_script(4)))
     assert callback.timeline_figure().axes
     assert pyplot.get_fignums() == []
+
+
+def test_tasks_alone_are_grey_and_those_together_of_one_colour(make_trainer: Callable[..., pl.Trainer]) -> None:
+    callback = TaskGroupCallback()
+    make_trainer(callback, max_epochs=1).fit(Grouped([[["a"], ["b", "d"], ["c"]]]))
+    picture = callback.timeline_figure().axes[0].images[0].get_array()
+    assert picture is not None
+    a, b, c, d = (tuple(row) for row in picture[:, 0].tolist())
+    assert a == c
+    assert b == d != a
+    assert max(a) - min(a) < 0.05

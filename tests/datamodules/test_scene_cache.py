@@ -209,3 +209,9 @@ def test_progress_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
         _file(tmp_path)
     assert caplog.messages[0].startswith("Rendering 4 train scenes into ")
     assert caplog.messages[-1] == "Rendered 4 of 4 train scenes"
+
+
+def test_a_folder_that_cannot_be_made_is_reported_with_a_way_out(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"The folder of the scenes, '.*file.scenes', .* `cache_dir`, or None. Found: .*"):
+        SceneFile(tmp_path / "file" / "scenes", SCENES).ensure()

@@ -237,6 +237,11 @@ def test_the_share_of_missing_labels_is_exact() -> None:
     assert not any(label.isnan().any() or (label < -100).any() for label in rest)
 
 
+def test_one_label_is_always_left() -> None:
+    dataset = _dataset(_datamodule(tasks=["normal"], num_train=4, missing={"normal": 0.99}))
+    assert sum(not dataset[index][1]["normal"].isnan().any() for index in range(4)) == 1
+
+
 def test_labels_are_missing_independently() -> None:
     dataset = _dataset(_datamodule(num_train=60, missing={"semseg": 0.5, "normal": 0.5}))
     pairs = {
@@ -274,6 +279,15 @@ def test_noise_of_classes_is_a_share_of_random_pixels(share: float) -> None:
     changed = torch.stack([clean[index][1]["semseg"] != noisy[index][1]["semseg"] for index in range(12)])
     # One of ten random classes is the true one.
     assert changed.float().mean().item() == pytest.approx(0.9 * share, abs=0.03)
+
+
+def test_noise_of_edges_leaves_them_edges() -> None:
+    options = {"tasks": ["edge_occlusion"]}
+    clean, noisy = (_dataset(_datamodule(**options, label_noise=n)) for n in (None, {"edge_occlusion": 0.5}))
+    edges = torch.stack([noisy[index][1]["edge_occlusion"] for index in range(12)])
+    assert set(edges.flatten().tolist()) == {0.0, 1.0}
+    changed = edges != torch.stack([clean[index][1]["edge_occlusion"] for index in range(12)])
+    assert changed.float().mean().item() == pytest.approx(0.25, abs=0.02)
 
 
 def test_noise_stays_the_same_in_every_epoch_and_off_the_image() -> None:
@@ -316,6 +330,10 @@ def test_noise_moves_with_its_label() -> None:
         ({"shading": -1.0}, r"`shading` should be in \[0, 1\]. Found -1.0."),
         ({"label_noise": {"albedo": 0.1}}, "`label_noise` should name tasks among .* Found 'albedo'."),
         ({"label_noise": {"semseg": 1.1}}, r"`label_noise` of 'semseg' should be in \[0, 1\]. Found 1.1."),
+        (
+            {"tasks": ["edge_occlusion"], "label_noise": {"edge_occlusion": 2.0}},
+            r"`label_noise` of 'edge_occlusion' should be in \[0, 1\]. Found 2.0.",
+        ),
         ({"label_noise": {"normal": -0.1}}, r"`label_noise` of 'normal' should be in \[0, inf\). Found -0.1."),
         ({"missing": {"albedo": 0.1}}, "`missing` should name tasks among .* Found 'albedo'."),
         ({"missing": {"normal": 1.0}}, r"`missing` of 'normal' should be in \[0, 1\). Found 1.0."),

@@ -1,7 +1,7 @@
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from math import nan
+from math import inf, nan
 from pathlib import Path
 from typing import Any
 
@@ -228,6 +228,13 @@ def test_metrics_that_count_differently_share_no_state(one: Metric, other: Metri
     values = collection.compute()
     torch.testing.assert_close(values["one"], one.compute(), equal_nan=True)
     torch.testing.assert_close(values["other"], other.compute(), equal_nan=True)
+
+
+def test_a_metric_that_ignores_infinity_shares_no_state_with_one_that_does_not() -> None:
+    collection = MetricCollection({"ignores": DepthAbsoluteError(ignore_value=inf), "counts": DepthAbsoluteError()})
+    for target in ([1.0, 1.0], [inf, 1.0]):
+        collection.update(torch.zeros(2), torch.tensor(target))
+    assert {name: value.item() for name, value in collection.compute().items()} == {"ignores": 1.0, "counts": inf}
 
 
 def _worker(rank: int, folder: str) -> None:
