@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,26 +32,38 @@ class GradientGate:
     def guard(self, task: str, tree: Any) -> Any:
         """Return ``tree`` with every tensor that has a graph behind the gate of ``task``."""
 
-        def stop(gradient: Tensor) -> Tensor:
-            return torch.where(self.is_open[task], gradient, 0.0) if task in self.is_open else gradient
-
         def guarded(tensor: Tensor) -> Tensor:
             if not tensor.requires_grad:
                 return tensor
             alias = tensor.view_as(tensor)
-            alias.register_hook(stop)  # type: ignore[no-untyped-call]
+            alias.register_hook(partial(self._stop, task))  # type: ignore[no-untyped-call]
             return alias
 
         return pytree.tree_map_only(Tensor, guarded, tree)
+
+    @contextmanager
+    def guarded_parameters(self, task: str, module: Any) -> Iterator[None]:
+        """Keep the parameters of ``module``, if it is one, behind the gate: those of a loss lie before the guards."""
+        with ExitStack() as stack:
+            for parameter in module.parameters() if isinstance(module, nn.Module) else ():
+                if parameter.requires_grad:
+                    handle = parameter.register_hook(partial(self._stop, task))  # type: ignore[no-untyped-call]
+                    stack.callback(handle.remove)
+            yield
+
+    def _stop(self, task: str, gradient: Tensor) -> Tensor:
+        return torch.where(self.is_open[task], gradient, 0.0) if task in self.is_open else gradient
 
 
 class SplitNetwork:
     """A view of a network that evaluates only the heads that are asked for, with a graph only where it is needed.
 
-    A network with a module ``encoder`` and a ``ModuleDict`` ``heads``, of which it applies each to what the encoder
-    returns, is split; :class:`~mtl_lightning.networks.MultiHeadNetwork` is one. Any other network is evaluated as a
-    whole. It trains to the same parameters, since a gradient reaches only the heads of the losses it comes from, but
-    every pass costs and stores all heads, and a failing head can reach the trunk (see :class:`GradientGate`).
+    A network with a module ``encoder`` and a ``ModuleDict`` ``heads`` is split if its ``forward`` does no more than to
+    apply each head to what the encoder returns, as that of :class:`~mtl_lightning.networks.MultiHeadNetwork` does; this
+    is tried out with placeholders. Any other network is evaluated as a whole. It trains to the same parameters, since a
+    gradient reaches only the heads of the losses it comes from, but every pass costs and stores all heads, and a
+    failing head can reach the trunk (see :class:`GradientGate`). Hooks of the network itself are not called if it is
+    split.
 
     Args:
         network: Maps inputs to a dict of predictions, task name to tensor.
@@ -74,37 +88,54 @@ class SplitNetwork:
     def __init__(self, network: nn.Module, task_names: Sequence[str]) -> None:
         self.network = network
         self.task_names = tuple(task_names)
-        encoder, heads = getattr(network, "encoder", None), getattr(network, "heads", None)
-        self.is_split = isinstance(encoder, nn.Module) and isinstance(heads, nn.ModuleDict)
-        self._heads: dict[str, nn.Module] = dict(heads.items()) if isinstance(heads, nn.ModuleDict) else {}
-        if not self.is_split:
+        children = dict(network.named_children())
+        self.is_split = False
+        if "encoder" not in children or not isinstance(children.get("heads"), nn.ModuleDict):
             return
-        if set(self._heads) != set(self.task_names):
+        self.is_split = _only_applies_heads(network)
+        if not self.is_split:
+            warnings.warn(
+                f"`{type(network).__name__}` has an `encoder` and `heads`, but its `forward` does more than to return "
+                "each head of what the encoder returns. It is evaluated as a whole: every pass costs all heads.",
+                stacklevel=2,
+            )
+            return
+        heads = self._heads
+        if set(heads) != set(self.task_names):
             raise ValueError(
                 "The heads of the network should be those of the tasks, "
-                f"{', '.join(map(repr, self.task_names))}. Found {', '.join(map(repr, self._heads)) or 'none'}."
+                f"{', '.join(map(repr, self.task_names))}. Found {', '.join(map(repr, heads)) or 'none'}."
             )
-        for task, head in self._heads.items():
-            if any(True for _ in head.parameters()) and not self.head_parameters()[task]:
+        own = self.head_parameters()
+        for task, head in heads.items():
+            if any(True for _ in head.parameters()) and not own[task]:
                 raise ValueError(
                     f"The head of task {task!r} should have parameters of its own. Found that it shares all of them "
                     "with the encoder or other heads; give it a layer of its own, or let it have no parameters."
                 )
 
+    @property
+    def _heads(self) -> dict[str, nn.Module]:
+        # Looked up each time: heads may be replaced, as by a conversion of their normalisation.
+        heads = self.network.heads
+        assert isinstance(heads, nn.ModuleDict)
+        return dict(heads.items())
+
     def head_parameters(self) -> dict[str, list[nn.Parameter]]:
         """Return the parameters that belong to one head alone, by task; of a network that is not split none."""
         if not self.is_split:
             return {task: [] for task in self.task_names}
+        heads = self._heads
         outside = {
             id(parameter)
             for name, module in self.network.named_children()
             if name != "heads"
             for parameter in module.parameters()
         } | {id(parameter) for parameter in self.network.parameters(recurse=False)}
-        uses = Counter(id(parameter) for head in self._heads.values() for parameter in head.parameters())
+        uses = Counter(id(parameter) for head in heads.values() for parameter in head.parameters())
         return {
-            task: [p for p in self._heads[task].parameters() if uses[id(p)] == 1 and id(p) not in outside]
-            for task in self.task_names
+            task: [p for p in head.parameters() if uses[id(p)] == 1 and id(p) not in outside]
+            for task, head in heads.items()
         }
 
     def shared_parameters(self) -> list[nn.Parameter]:
@@ -113,57 +144,102 @@ class SplitNetwork:
         return [parameter for parameter in self.network.parameters() if id(parameter) not in own]
 
     def predict(
-        self,
-        inputs: Any,
-        trained: Collection[str],
-        measured: Collection[str],
-        gate: GradientGate,
-        seen: set[str] | None = None,
-    ) -> dict[str, Tensor]:
-        """Return the predictions of some tasks, by name.
+        self, inputs: Any, trained: Collection[str], measured: Collection[str], gate: GradientGate
+    ) -> dict[str, Any]:
+        """Return the predictions of some tasks, by name, and what else a network that is not split returns.
 
         Args:
             inputs: What the network is called with.
             trained: The tasks whose predictions have a graph; without any, nothing has.
             measured: The tasks to be evaluated; those in training among them.
             gate: Stands between the heads of the tasks in training and the rest.
-            seen: What has been evaluated on these inputs already. Batch statistics are taken up by the first pass over
-                a module alone, since the others do not see new data; the set is extended.
         """
-        seen = set() if seen is None else seen
         # Within one autocast region the weights cast to half precision are kept. They are out of date after a step,
         # and have no graph if they were first used without.
         torch.clear_autocast_cache()
         if not self.is_split:
-            with torch.set_grad_enabled(bool(trained)), frozen_statistics(self.network.modules() if seen else ()):
-                outputs = self.network(inputs)
-            seen.add("")
-            if not isinstance(outputs, Mapping):
-                return outputs
-            return {
-                # What has a graph gets a gradient of zero from losses that are left out of a sum, and is then stepped.
-                task: gate.guard(task, prediction) if task in trained else prediction.detach()
-                for task, prediction in outputs.items()
-                if task in measured
-            }
-        encoder = self.network.encoder
-        assert isinstance(encoder, nn.Module)
-        with torch.set_grad_enabled(bool(trained)), frozen_statistics(encoder.modules() if "" in seen else ()):
+            return self._predict_as_a_whole(inputs, trained, measured, gate)
+        encoder: Any = self.network.encoder
+        with torch.set_grad_enabled(bool(trained)):
             features = encoder(inputs)
-        seen.add("")
         outputs = {}
         for task, head in self._heads.items():  # always in this order, or paired passes would draw different numbers
             if task not in measured:
                 continue
             torch.clear_autocast_cache()
-            with frozen_statistics(head.modules() if task in seen else ()):
-                if task in trained:
-                    outputs[task] = gate.guard(task, head(gate.guard(task, features)))
-                else:
-                    with torch.no_grad():
-                        outputs[task] = head(features)
-            seen.add(task)
+            if task in trained:
+                outputs[task] = gate.guard(task, head(gate.guard(task, features)))
+            else:
+                with torch.no_grad():
+                    outputs[task] = head(features)
         return outputs
+
+    def _predict_as_a_whole(
+        self, inputs: Any, trained: Collection[str], measured: Collection[str], gate: GradientGate
+    ) -> Any:
+        with torch.set_grad_enabled(bool(trained)):
+            outputs = self.network(inputs)
+        if not isinstance(outputs, Mapping):
+            return outputs
+        found = {}
+        for name, output in outputs.items():
+            if name in trained:
+                found[name] = gate.guard(name, output)
+            elif name in measured:
+                # What has a graph gets a gradient of zero from losses left out of a sum, and is then stepped.
+                found[name] = pytree.tree_map_only(Tensor, Tensor.detach, output)
+            elif name not in self.task_names:
+                found[name] = output
+        return found
+
+    def frozen(self, seen: Collection[str]) -> AbstractContextManager[None]:
+        """Return a context in which what has been evaluated on a batch does not take up its statistics again.
+
+        It has to last through the backward pass, which evaluates layers again if their activations are not kept.
+
+        Args:
+            seen: The tasks whose heads, with the trunk, have been evaluated; if there is none, nothing is frozen.
+        """
+        if not seen:
+            return frozen_statistics(())
+        if not self.is_split:
+            return frozen_statistics(self.network.modules())
+        encoder: Any = self.network.encoder
+        trees = [encoder, *(head for task, head in self._heads.items() if task in seen)]
+        return frozen_statistics(module for tree in trees for module in tree.modules())
+
+
+class _Encode(nn.Module):
+    """Stands for an encoder: takes one placeholder and returns another."""
+
+    def __init__(self, inputs: object, features: object) -> None:
+        super().__init__()
+        self.inputs, self.features = inputs, features
+
+    def forward(self, inputs: object) -> object:
+        if inputs is not self.inputs:
+            raise ValueError("The encoder should be given the inputs of the network.")
+        return self.features
+
+
+def _only_applies_heads(network: nn.Module) -> bool:
+    """Return whether a network returns, for each head, the head of what the encoder makes of the inputs."""
+    encoder, heads = network.encoder, network.heads
+    assert isinstance(heads, nn.ModuleDict)
+    inputs, features, predictions = object(), object(), {name: object() for name in heads}
+    try:
+        network.encoder = _Encode(inputs, features)
+        network.heads = nn.ModuleDict({name: _Encode(features, predictions[name]) for name in heads})
+        outputs = network.forward(inputs)
+    except Exception:  # whatever it does to placeholders, it is more than to pass them on
+        return False
+    finally:
+        network.encoder, network.heads = encoder, heads
+    return (
+        isinstance(outputs, Mapping)
+        and set(outputs) == set(predictions)
+        and all(outputs[name] is prediction for name, prediction in predictions.items())
+    )
 
 
 @contextmanager

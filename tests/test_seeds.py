@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from mtl_lightning.seeds import mix_seed
+from mtl_lightning.seeds import mix_seed, seed_generators
 
 
 def test_neighbours_differ() -> None:
@@ -21,3 +21,12 @@ def test_streams_of_neighbours_are_uncorrelated() -> None:
     correlations = torch.corrcoef(torch.stack(draws)).triu(diagonal=1)
     assert correlations.abs().max() < 0.4
     assert abs(correlations.sum()) / (200 * 199 / 2) < 0.01
+
+
+def test_generators_are_those_of_manual_seed() -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3), torch.initial_seed()
+    seed_generators(6, torch.device("cpu"))
+    seed_generators(5, torch.device("cpu"))
+    assert torch.equal(torch.rand(3), expected[0])
+    assert torch.initial_seed() == expected[1]

@@ -51,7 +51,7 @@ def test_without_training_nothing_has_a_graph() -> None:
 def test_gradients_reach_the_trunk_and_the_heads_in_training(make: Any) -> None:
     net = make()
     found = SplitNetwork(net, NAMES).predict(torch.randn(6, 4), ["b"], NAMES, GradientGate())
-    found["b"].sum().backward()  # type: ignore[no-untyped-call]
+    found["b"].sum().backward()
     with_gradient = {name for name, parameter in net.named_parameters() if parameter.grad is not None}
     inner = "" if isinstance(net, MultiHeadNetwork) else "inner."
     assert with_gradient == {
@@ -64,9 +64,9 @@ def test_a_closed_gate_stops_gradients_that_are_not_finite(value: float) -> None
     net, gate = network(), GradientGate()
     found = SplitNetwork(net, NAMES).predict(torch.randn(6, 4), ["a", "b"], NAMES, gate)
     gate.is_open = {"a": torch.tensor(False), "b": torch.tensor(True)}
-    found["a"].backward(torch.full((6, 2), value), retain_graph=True)  # type: ignore[no-untyped-call]
+    found["a"].backward(torch.full((6, 2), value), retain_graph=True)
     assert all(not parameter.grad.any() for parameter in net.encoder.parameters())
-    found["b"].sum().backward()  # type: ignore[no-untyped-call]
+    found["b"].sum().backward()
     assert all(parameter.grad.isfinite().all() for parameter in net.encoder.parameters())
 
 
@@ -76,7 +76,7 @@ def test_a_closed_gate_stops_what_a_broken_head_makes_of_zero() -> None:
         net.heads["a"][0].weight.fill_(torch.nan)
     found = SplitNetwork(net, NAMES).predict(torch.randn(6, 4), ["a"], NAMES, gate)
     gate.is_open = {"a": torch.tensor(False)}
-    found["a"].backward(torch.zeros(6, 2))  # type: ignore[no-untyped-call]
+    found["a"].backward(torch.zeros(6, 2))
     assert all(not parameter.grad.any() for parameter in net.encoder.parameters())
 
 
@@ -84,7 +84,9 @@ def test_statistics_are_taken_up_by_the_first_pass_alone() -> None:
     net, reference, inputs, seen = network(), network(), torch.randn(6, 4), set[str]()
     split = SplitNetwork(net, NAMES)
     for trained, measured in ((["a"], ["a", "b"]), (["b"], ["b"]), ([], NAMES)):
-        split.predict(inputs, trained, measured, GradientGate(), seen)
+        with split.frozen(seen):
+            split.predict(inputs, trained, measured, GradientGate())
+        seen.update(measured)
     reference(inputs)
     for (name, found), expected in zip(net.named_buffers(), reference.buffers(), strict=True):
         assert torch.equal(found, expected), name
@@ -100,6 +102,61 @@ def test_frozen_statistics_change_no_output(norm: Any, training: bool) -> None:
         found = norm(inputs)
     assert torch.equal(norm.running_mean, before)
     torch.testing.assert_close(found, norm(inputs))
+
+
+class _Adapted(nn.Module):
+    """Has an encoder and heads, and something in between or beside."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.kind = kind
+        self.encoder = nn.Linear(4, 5)
+        self.neck = nn.Linear(5, 5)
+        self.heads = nn.ModuleDict({name: nn.Linear(5, 2) for name in NAMES})
+
+    def forward(self, inputs: Tensor) -> Any:
+        inputs = inputs * 2 if self.kind == "before" else inputs
+        features = self.encoder(inputs)
+        features = self.neck(features) if self.kind == "between" else features
+        outputs = {name: head(features) for name, head in self.heads.items()}
+        if self.kind == "after":
+            outputs = {name: output.tanh() for name, output in outputs.items()}
+        return outputs | ({"features": features} if self.kind == "beside" else {})
+
+
+@pytest.mark.parametrize("kind", ["before", "between", "after", "beside"])
+def test_a_network_that_does_more_than_to_apply_heads_is_evaluated_as_a_whole(kind: str) -> None:
+    net, inputs = _Adapted(kind), torch.randn(6, 4)
+    modules = dict(net.named_modules())
+    with pytest.warns(UserWarning, match="`_Adapted` has an `encoder` and `heads`, but"):
+        split = SplitNetwork(net, NAMES)
+    found, expected = split.predict(inputs, trained=["a"], measured=NAMES, gate=GradientGate()), net(inputs)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert dict(net.named_modules()) == modules  # the placeholders are gone
+
+
+def test_nothing_in_between_is_split() -> None:
+    assert SplitNetwork(_Adapted("no"), NAMES).is_split
+
+
+def test_heads_that_are_replaced_later_are_evaluated() -> None:
+    net, inputs = network(), torch.randn(6, 4)
+    split = SplitNetwork(net, NAMES)
+    net.heads["b"] = nn.Linear(5, 3)
+    assert split.predict(inputs, ["b"], NAMES, GradientGate())["b"].shape == (6, 3)
+    assert split.head_parameters()["b"] == list(net.heads["b"].parameters())
+
+
+def test_parameters_of_a_loss_are_behind_its_gate() -> None:
+    gate, loss = GradientGate(), nn.Linear(1, 1)
+    for is_open in (False, True):
+        gate.is_open = {"a": torch.tensor(is_open)}
+        with gate.guarded_parameters("a", loss):
+            (loss(torch.ones(1, 1)) * (1.0 if is_open else torch.nan)).sum().backward()
+        assert loss.bias.grad is not None
+        assert torch.equal(loss.bias.grad, torch.full((1,), float(is_open)))
 
 
 def test_parameters_of_several_heads_are_shared() -> None:

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from mtl_lightning.modules.resuming import make_up_for_validation, missed_validation
 from mtl_lightning.population import UserInputError
-from mtl_lightning.seeds import mix_seed
+from mtl_lightning.seeds import mix_seed, seed_generators
 from mtl_lightning.task import Task, check_tasks
 
 OptimizerCallable = Callable[[Iterable[nn.Parameter]], Optimizer]
@@ -41,6 +41,7 @@ class MultiTaskModule(LightningModule):
 
     Raises:
         ValueError: If the tasks are fewer than two or share a name, or a number is out of range.
+        TypeError: If ``optimizer`` or ``lr_scheduler`` is an object in place of a function that makes it.
 
     Note:
         Lightning refuses ``Trainer(gradient_clip_val=...)`` and ``Trainer(accumulate_grad_batches=...)`` in manual
@@ -64,6 +65,16 @@ class MultiTaskModule(LightningModule):
         if gradient_clip_norm is not None and not gradient_clip_norm > 0:
             raise ValueError(f"`gradient_clip_norm` should be positive, or None. Found {gradient_clip_norm}.")
         check_count("accumulate_batches", accumulate_batches)
+        if not callable(optimizer):
+            raise TypeError(
+                "`optimizer` should make an optimiser from parameters, such as `functools.partial(torch.optim.Adam, "
+                f"lr=1e-3)`. Found an object of {type(optimizer).__name__}."
+            )
+        if lr_scheduler is not None and not callable(lr_scheduler):
+            raise TypeError(
+                "`lr_scheduler` should make a scheduler from the optimiser, such as `functools.partial("
+                f"torch.optim.lr_scheduler.StepLR, step_size=10)`. Found an object of {type(lr_scheduler).__name__}."
+            )
         if lr_scheduler_interval not in ("epoch", "step"):
             raise ValueError(f"`lr_scheduler_interval` should be 'epoch' or 'step'. Found {lr_scheduler_interval!r}.")
         self.gradient_clip_norm = gradient_clip_norm
@@ -118,7 +129,7 @@ class MultiTaskModule(LightningModule):
         They are float32, or float64 where a loss is.
 
         Raises:
-            ValueError: If the outputs are no dict or lack a task, or a loss is not a scalar.
+            ValueError: If the outputs are no dict or lack a task, or a loss is no scalar tensor.
         """
         if not isinstance(outputs, Mapping):
             raise UserInputError(
@@ -129,6 +140,9 @@ class MultiTaskModule(LightningModule):
         losses = self.task_losses(outputs, targets)
         _check_names("The result of `task_losses`", losses, names)
         for name in names:
+            if not isinstance(losses[name], Tensor):
+                kind = type(losses[name]).__name__
+                raise UserInputError(f"The loss of task {name!r} should be a tensor, with its graph. Found {kind}.")
             if losses[name].ndim != 0:
                 raise UserInputError(
                     f"The loss of task {name!r} should be a scalar. Found shape {tuple(losses[name].shape)}. "
@@ -153,7 +167,12 @@ class MultiTaskModule(LightningModule):
             if not isinstance(targets[name], Tensor):
                 kind = type(targets[name]).__name__
                 raise UserInputError(f"The target of task {name!r} should be a tensor. Found {kind}.")
-        return torch.stack([task.num_labels(targets[task.name]).float() for task in self.tasks])
+        counts = []
+        for task in self.tasks:
+            target = targets[task.name]
+            # An override may count in Python.
+            counts.append(torch.as_tensor(task.num_labels(target), dtype=torch.float32, device=target.device))
+        return torch.stack(counts)
 
     def reduced(self, tensor: Tensor, operation: Literal["mean", "sum"]) -> Tensor:
         """Return the mean or the sum of ``tensor`` over the ranks, equal on all of them; it may be changed."""
@@ -174,6 +193,11 @@ class MultiTaskModule(LightningModule):
     def configure_optimizers(self) -> Any:
         """Return the optimiser and, if there is one, the scheduler with its interval."""
         optimizer = self.make_optimizer()
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise ValueError(
+                "`optimizer` should make an optimiser that steps along a given gradient, such as Adam. Found LBFGS, "
+                "which evaluates the loss itself."
+            )
         if self._lr_scheduler is None:
             return optimizer
         scheduler: dict[str, Any] = {
@@ -245,7 +269,7 @@ class MultiTaskModule(LightningModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed the batch, so that what is random in it does not depend on where the run was started."""
-        torch.manual_seed(self.batch_seed())
+        seed_generators(self.batch_seed(), self.device)
 
     def batch_seed(self) -> int:
         """Return the seed of this batch on this rank."""

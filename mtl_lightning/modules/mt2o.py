@@ -319,7 +319,7 @@ class MT2OModule(MultiTaskModule):
                 values = self._backward_over_ranks(
                     chunk, inputs, targets, independent, own, tasks, shares, preferences[chunk.members]
                 )
-            losses[chunk.members, list(tasks)] = values.detach()
+            losses[chunk.members, list(tasks)] = values.detach().to(losses)
         return losses
 
     def _backward_over_ranks(

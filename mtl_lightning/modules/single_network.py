@@ -109,7 +109,7 @@ class SingleNetworkModule(MultiTaskModule):
         present = {self.task_names[task]: targets[self.task_names[task]] for task in labels}
         outputs = self(inputs)
         losses = self.loss_vector(outputs, present).unsqueeze(0)
-        one: Mapping[str, Tensor] = {name: outputs[name].unsqueeze(0) for name in present}
+        one: Mapping[str, Any] = {name: [outputs[name]] for name in present}  # a population of one
         self._evaluation.update(one, losses, present, labels)
 
     def _log_evaluation(self, split: str) -> None:

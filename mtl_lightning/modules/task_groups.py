@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -11,18 +12,28 @@ from typing import Any, Literal
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.core.hooks import DataHooks
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils import _pytree as pytree
 
 from mtl_lightning.affinity import Attribution, ProximalAffinity
 from mtl_lightning.exemplars import MOST_TASKS
 from mtl_lightning.fisher import root_fisher_gramian
 from mtl_lightning.group_updates import GroupUpdates
 from mtl_lightning.grouping import AffinityPropagation, Exemplars, Fisher, GroupingRule
-from mtl_lightning.modules.base import LRSchedulerCallable, LRSchedulerInterval, OptimizerCallable, check_count
+from mtl_lightning.modules.base import (
+    LRSchedulerCallable,
+    LRSchedulerInterval,
+    MultiTaskModule,
+    OptimizerCallable,
+    check_count,
+)
 from mtl_lightning.modules.health import TaskHealth
 from mtl_lightning.modules.single_network import SingleNetworkModule
+from mtl_lightning.seeds import seed_generators
 from mtl_lightning.split_network import GradientGate, SplitNetwork
 from mtl_lightning.task import Task
 
@@ -52,9 +63,10 @@ class TaskGroupModule(SingleNetworkModule):
     of the optimiser for them change in its step.
 
     Args:
-        network: Maps inputs to a dict of predictions, task name to tensor. With a module ``encoder`` and a
-            ``ModuleDict`` ``heads``, as of :class:`~mtl_lightning.networks.MultiHeadNetwork`, heads are evaluated one
-            by one; see :class:`~mtl_lightning.split_network.SplitNetwork`.
+        network: Maps inputs to a dict of predictions, task name to tensor. If it applies the modules of a
+            ``ModuleDict`` ``heads`` to what a module ``encoder`` returns, as
+            :class:`~mtl_lightning.networks.MultiHeadNetwork` does, heads are evaluated one by one; see
+            :class:`~mtl_lightning.split_network.SplitNetwork`.
         tasks: The ``T >= 2`` tasks.
         optimizer: From parameters to an optimiser, such as ``functools.partial(torch.optim.Adam, lr=1e-4)``.
         grouping: Makes groups from the affinity. By default :class:`~mtl_lightning.grouping.Exemplars`, the optimum of
@@ -69,9 +81,11 @@ class TaskGroupModule(SingleNetworkModule):
         warmup_batches: For how many updates every task is alone, where the rule reads the affinity.
         regroup_every: After how many updates the rule is asked again.
         track_every: The affinity is measured in every so-manieth update; in the others heads outside the group are not
-            evaluated at all. With 0 it is never measured.
+            evaluated at all. With 0 it is never measured; a rule that reads it needs at least 1.
         shuffle: Whether the order of the groups is random.
         single_group: Whether a group that is all alone steps twice on a batch (``"repeat"``), or once (``"once"``).
+            With the latter nothing is measured of it, unless by ``measure_last``, and a rule that reads the affinity
+            does not part it again.
         measure_last: Whether one more pass, without a graph, measures what the last step of a batch did.
         paired: Whether all passes over a batch draw the same random numbers (dropout, stochastic depth), so that they
             do not enter the affinity.
@@ -97,14 +111,20 @@ class TaskGroupModule(SingleNetworkModule):
     Note:
         ``global_step`` counts updates of all groups, so that ``max_steps`` and ``every_n_train_steps`` do not depend on
         the number of groups. Logged are ``train_loss`` and ``train_loss/<task>``, the first losses measured on a batch,
-        ``num_groups`` and, where there were any, ``nonfinite/<task>``, the steps that a task was left out of; in
-        validation see :class:`~mtl_lightning.modules.single_network.SingleNetworkModule`.
+        ``num_groups`` and, where there were any, ``nonfinite/<task>``, the steps that a task was left out of; all of
+        them every ``log_every_n_steps`` batches of the trainer and with the last batch of an epoch. In validation see
+        :class:`~mtl_lightning.modules.single_network.SingleNetworkModule`.
 
-        Limits: strategies other than one device and DDP are refused. Batch normalisation takes up the statistics of a
-        batch once, on each rank its own. Random numbers that are not torch's are not paired. A task whose loss is not
+        Where :meth:`task_losses` is overridden all heads are evaluated in every pass, so that a loss may read several
+        predictions. Those of tasks outside the group are constants.
+
+        Limits: strategies other than one device and DDP are refused. Gradients are averaged here, past the hooks that
+        DDP calls for it; of a network that is not split the heads outside the group are in the exchange, as zeros.
+        A loss that is finite with a gradient that is not goes unnoticed. Batch normalisation takes up the statistics of
+        a batch once, on each rank its own. Random numbers that are not torch's are not paired. A task whose loss is not
         finite gets a gradient of zero, so that momentum and weight decay still move its head. Batches that are kept for
-        ``accumulate_batches`` are in checkpoints, of rank zero only. Learnable weights inside a loss are trained if
-        the optimiser is given them by ``trained_parameters``, and step with every group.
+        ``accumulate_batches`` are in checkpoints, of rank zero only. Learnable weights of a loss that is a module are
+        trained with the groups of its task. Optimisers that evaluate the loss themselves (LBFGS) are refused.
 
     References:
         W. Jeong, K.-J. Yoon, "Selective Task Group Updates for Multi-Task Optimization", ICLR 2025, arXiv 2502.11986.
@@ -181,6 +201,11 @@ class TaskGroupModule(SingleNetworkModule):
 
         if grouping is None:
             grouping = Exemplars() if len(self.tasks) <= MOST_TASKS else AffinityPropagation()
+        if grouping.reads_affinity and track_every == 0:
+            raise ValueError(
+                f"`track_every` should be at least 1 for {type(grouping).__name__}, which reads the affinity. Found 0, "
+                "with which it is never measured."
+            )
         grouping.resolve(self.task_names)
         self.updates = GroupUpdates(
             grouping,
@@ -194,7 +219,7 @@ class TaskGroupModule(SingleNetworkModule):
         self._split = SplitNetwork(network, self.task_names)
         if head_lr_scale != 1.0 and not self._split.is_split:
             raise ValueError(
-                "`head_lr_scale` needs a network with a module `encoder` and a ModuleDict `heads`. "
+                "`head_lr_scale` needs a network that applies a ModuleDict `heads` to what a module `encoder` returns. "
                 f"Found {type(network).__name__}."
             )
         self._parts: list[_Part] = []
@@ -273,9 +298,22 @@ class TaskGroupModule(SingleNetworkModule):
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Count the labels while they are on the host, where reading the counts waits for nothing."""
-        if self.trainer.training:
+        if self.trainer.training and self._has_labels_before_transfer():
             self._counts_on_host = self.count_labels(self.unpack_batch(batch)[1]).tolist()
         return batch
+
+    def _has_labels_before_transfer(self) -> bool:
+        """Return whether the targets are known, and final, before the batch is on the device."""
+        owners: list[Any] = [self, getattr(self.trainer, "datamodule", None)]
+        hooks = ("transfer_batch_to_device", "on_after_batch_transfer")
+        plain = (
+            getattr(type(owner), hook) is getattr(DataHooks, hook)
+            for owner in owners
+            if owner is not None
+            for hook in hooks
+        )
+        # An override of `unpack_batch` may need the device, or draw random numbers: it is called once.
+        return type(self).unpack_batch is MultiTaskModule.unpack_batch and all(plain)
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         """Update all groups, one after another."""
@@ -330,27 +368,32 @@ class TaskGroupModule(SingleNetworkModule):
 
         Losses that are not measured are NaN. With an empty group nothing has a graph.
         """
-        losses = torch.full((len(self.tasks),), torch.nan, device=self.device)
-        for part in self._parts:
-            gate = GradientGate()
-            outputs, own = self._evaluate_part(part, group, measured, gate, part.seen)
+        return torch.stack([self._pass(part, group, measured) for part in self._parts]).sum(dim=0)
+
+    def _pass(self, part: _Part, group: Sequence[int], measured: Sequence[int]) -> Tensor:
+        """Do the same for one batch; what it returns is the part of this batch. Nothing else of the pass is kept."""
+        gate = GradientGate()
+        with self._split.frozen(part.seen):
+            outputs, own = self._evaluate_part(part, group, measured, gate)
             values = self._reduced_values(part, own, measured)
-            losses = torch.where(losses.isnan(), values, losses + values)
             if group:
                 gate.is_open = {self.task_names[task]: values[task].isfinite() for task in measured}
                 self.health.observe(group, values)
                 self._accumulate_gradients(part, group, outputs, own, gate)
-        return losses
+        part.seen.update(outputs)
+        return values
 
     def _evaluate_part(
-        self, part: _Part, group: Sequence[int], measured: Sequence[int], gate: GradientGate, seen: set[str]
-    ) -> tuple[Mapping[str, Tensor], dict[int, Tensor]]:
+        self, part: _Part, group: Sequence[int], measured: Sequence[int], gate: GradientGate
+    ) -> tuple[Mapping[str, Any], dict[int, Tensor]]:
         """Return the predictions and the losses of the tasks that have labels in this batch on this rank."""
         if self.paired:
-            torch.manual_seed(part.seed)
-        names = {self.task_names[task] for task in measured}
+            seed_generators(part.seed, self.device)
+        # A loss of the user's own may read the predictions of other tasks.
+        is_plain = type(self).task_losses is MultiTaskModule.task_losses
+        evaluated = {self.task_names[task] for task in measured} if is_plain else set(self.task_names)
         trained = {self.task_names[task] for task in group}
-        outputs = self._split.predict(part.inputs, trained, names, gate, seen)
+        outputs = self._split.predict(part.inputs, trained, evaluated, gate)
         own = [task for task in measured if part.counts[task]]
         targets = {self.task_names[task]: part.targets[self.task_names[task]] for task in own}
         if not targets:
@@ -359,42 +402,37 @@ class TaskGroupModule(SingleNetworkModule):
             return outputs, dict(zip(own, self.checked_losses(outputs, targets).values(), strict=True))
 
     def _reduced_values(self, part: _Part, own: Mapping[int, Tensor], measured: Sequence[int]) -> Tensor:
-        """Return the part that this batch has in the mean losses over all labels and ranks, shape ``(T,)``."""
-        missing, zero = self._constants()
-        rows = []
-        for task in range(len(self.tasks)):
-            if task in own:
-                rows.append(own[task].detach() * part.shares[task])
-            else:
-                rows.append(zero if task in measured else missing)
-        values = torch.stack(rows)
+        """Return the part that this batch has in the mean losses over all labels and ranks, float64, shape ``(T,)``."""
+        # One dtype, since ranks may hold losses of different ones; made on the device, not copied to it.
+        values = torch.full((len(self.tasks),), torch.nan, dtype=torch.float64, device=self.device)
+        for task in measured:
+            values[task] = own[task].detach() * part.shares[task] if task in own else 0.0
         return self.reduced(values, "mean") if self.trainer.world_size > 1 else values
-
-    def _constants(self) -> tuple[Tensor, Tensor]:
-        # Made on the device, not copied to it.
-        return torch.full((), torch.nan, device=self.device), torch.zeros((), device=self.device)
 
     def _accumulate_gradients(
         self,
         part: _Part,
         group: Sequence[int],
-        outputs: Mapping[str, Tensor],
+        outputs: Mapping[str, Any],
         own: Mapping[int, Tensor],
         gate: GradientGate,
     ) -> None:
         objective = torch.zeros((), device=self.device)
-        for task in group:
-            name = self.task_names[task]
-            if task in own:
-                weighted = own[task] * (self.loss_weights[name] * part.shares[task])
-                objective = objective + torch.where(gate.is_open[name], weighted, 0.0)
-            else:
-                # No labels here: the same graph as on the ranks that have some, with gradients of zero.
-                objective = objective + (outputs[name] * 0.0).sum()
-        with self._unsynchronised():
-            self.manual_backward(objective)
+        with ExitStack() as stack:
+            for task in group:
+                name = self.task_names[task]
+                stack.enter_context(gate.guarded_parameters(name, self.tasks[task].loss))
+                if task in own and own[task].requires_grad:
+                    weighted = own[task] * (self.loss_weights[name] * part.shares[task])
+                    objective = objective + torch.where(gate.is_open[name], weighted, 0.0)
+                else:
+                    # No labels here: the same graph as on the ranks that have some, with gradients of zero.
+                    objective = objective + _zero(outputs[name])
+            if objective.requires_grad:  # else there is nothing to train in this group
+                stack.enter_context(self._unsynchronised())
+                self.manual_backward(objective)
 
-    def _unsynchronised(self) -> Any:
+    def _unsynchronised(self) -> AbstractContextManager[None]:
         """Return a context in which DDP leaves gradients alone: it knows one backward pass per forward only."""
         no_sync = getattr(self.trainer.model, "no_sync", None)
         return nullcontext() if no_sync is None else no_sync()
@@ -403,7 +441,7 @@ class TaskGroupModule(SingleNetworkModule):
         """Step the optimiser for the gradients of a group, and clear them."""
         optimizer: Any = self.optimizers()
         if self.trainer.world_size > 1:
-            self._reduce_gradients()
+            self._reduce_gradients(group)
         if self.inactive_heads == "zero_grad":
             self._zero_gradients()
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
@@ -419,21 +457,36 @@ class TaskGroupModule(SingleNetworkModule):
 
     def _zero_gradients(self) -> None:
         """Give a gradient of zero to the parameters that have none now and had one before."""
-        for index, parameter in enumerate(self.trained_parameters()):
+        for index, parameter in enumerate(self.parameters()):
             if parameter.grad is not None:
                 self._had_gradient.add(index)
-            elif index in self._had_gradient:
+            elif index in self._had_gradient and parameter.requires_grad:
                 parameter.grad = torch.zeros_like(parameter)
 
-    def _reduce_gradients(self) -> None:
-        """Average the gradients over the ranks, in one piece per dtype."""
-        gradients = [p.grad for p in self.trained_parameters() if p.grad is not None]
-        for dtype in {gradient.dtype for gradient in gradients}:
-            some = [gradient for gradient in gradients if gradient.dtype == dtype]
-            flat = self.reduced(torch.cat([gradient.flatten() for gradient in some]), "mean")
-            pieces = torch.split(flat, [gradient.numel() for gradient in some])
-            for gradient, piece in zip(some, pieces, strict=True):
-                gradient.copy_(piece.view_as(gradient))
+    def _reduce_gradients(self, group: Sequence[int]) -> None:
+        """Average the gradients over the ranks, in one piece per dtype.
+
+        Ranks may have reached different parameters, as by a layer that is dropped at random: a gradient that a rank
+        lacks counts as zero there, and one that all lack stays ``None``.
+        """
+        own = self._split.head_parameters()
+        inactive = {id(p) for task, name in enumerate(self.task_names) if task not in group for p in own[name]}
+        by_dtype: dict[torch.dtype, list[nn.Parameter]] = {}  # in the same order on all ranks, which a set is not
+        for parameter in self.trained_parameters():
+            if id(parameter) not in inactive:
+                by_dtype.setdefault(parameter.dtype, []).append(parameter)
+        for some in by_dtype.values():
+            reached = torch.ones(len(some), dtype=some[0].dtype, device=self.device)
+            lacking = [place for place, parameter in enumerate(some) if parameter.grad is None]
+            for place in lacking:
+                reached[place] = 0.0
+            gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in some]
+            flat = self.reduced(torch.cat([reached, *(gradient.flatten() for gradient in gradients)]), "mean")
+            reached, *pieces = torch.split(flat, [len(some), *(gradient.numel() for gradient in gradients)])
+            elsewhere = reached.tolist() if lacking else []  # waits for the device, but only where something is lacking
+            for place, (parameter, gradient, piece) in enumerate(zip(some, gradients, pieces, strict=True)):
+                if parameter.grad is not None or elsewhere[place]:
+                    parameter.grad = gradient.copy_(piece.view_as(gradient))
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Clip the gradient of the group, after any gradient scaling is undone."""
@@ -444,35 +497,43 @@ class TaskGroupModule(SingleNetworkModule):
     def _refresh_fisher(self, present: Sequence[int]) -> None:
         """Measure the Fisher information for the rules that group by it."""
         rules = [rule for rule in self.updates.grouping.modules() if isinstance(rule, Fisher)]
-        rules = [rule for rule in rules if self._steps % rule.refresh_every == 0]
+        rules = [rule for rule in rules if rule.similarity is None or self._steps % rule.refresh_every == 0]
         if not rules or len(present) < len(self.tasks):  # a task without labels would get no gradient
             return
         shared = [parameter for parameter in self._split.shared_parameters() if parameter.requires_grad]
-        sums: list[list[Tensor]] | None = None
-        for part in self._parts:
-            seen = {"", *self.task_names}  # this pass takes up no statistics
-            outputs, own = self._evaluate_part(part, present, present, GradientGate(), seen)
-            gradients = []
-            for task in present:
-                loss = own[task] * part.shares[task] if task in own else (outputs[self.task_names[task]] * 0.0).sum()
-                found = torch.autograd.grad(loss, shared, retain_graph=True, allow_unused=True)
-                gradients.append([torch.zeros_like(p) if g is None else g for p, g in zip(shared, found, strict=True)])
-            if sums is None:
-                sums = gradients
-            else:
-                sums = [[a + b for a, b in zip(x, y, strict=True)] for x, y in zip(sums, gradients, strict=True)]
-        assert sums is not None
+        if not shared:
+            return
+        parts = [self._shared_gradients(part, shared) for part in self._parts]
+        gradients = [
+            [sum(column[1:], column[0]) for column in zip(*rows, strict=True)] for rows in zip(*parts, strict=True)
+        ]
         if self.trainer.world_size > 1:
-            sums = [[self.reduced(gradient, "mean") for gradient in row] for row in sums]
-        gramian = root_fisher_gramian(sums)
+            gradients = [[self.reduced(gradient, "mean") for gradient in row] for row in gradients]
+        gramian = root_fisher_gramian(gradients)
         if gramian.isfinite().all():  # else a loss was not, and the groups stay as they are
             for rule in rules:
                 rule.update(gramian)
 
+    def _shared_gradients(self, part: _Part, shared: Sequence[nn.Parameter]) -> list[list[Tensor]]:
+        """Return the gradients of each task in the shared parameters; nothing is left of the pass."""
+        every = range(len(self.tasks))
+        with self._split.frozen(self.task_names):
+            outputs, own = self._evaluate_part(part, every, every, GradientGate())
+            rows = []
+            for task in every:
+                loss = own[task] * part.shares[task] if task in own else _zero(outputs[self.task_names[task]])
+                found: Sequence[Tensor | None] = [None] * len(shared)
+                if loss.requires_grad:
+                    found = torch.autograd.grad(loss, shared, retain_graph=True, allow_unused=True)
+                rows.append([torch.zeros_like(p) if g is None else g for p, g in zip(shared, found, strict=True)])
+        return rows
+
     def _log_training(self, losses: Tensor, present: Sequence[int], batch_idx: int) -> None:
-        # A call to `log` costs about a millisecond, so it is made only when loggers take the values in.
-        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by a connector
-        if (self.batches_seen + 1) % every and batch_idx and not self.trainer.is_last_batch:
+        # A call to `log` costs about a millisecond, so it is made only where loggers take the values in before the next
+        # update, at the beginning, and for what is read at the end of an epoch.
+        every = self.trainer.log_every_n_steps or torch.inf  # type: ignore[attr-defined]  # set by a connector
+        due = -(self.trainer.fit_loop.total_batch_idx + 1) % every < self.accumulate_batches
+        if not due and batch_idx >= self.accumulate_batches and not self.trainer.is_last_batch:
             return
         values: dict[str, Any] = {f"train_loss/{self.task_names[task]}": losses[task] for task in present}
         failures = zip(self.task_names, self.health.known_total, strict=True)
@@ -484,13 +545,22 @@ class TaskGroupModule(SingleNetworkModule):
         """Refuse strategies under which gradients are not whole on every rank.
 
         Raises:
-            MisconfigurationException: If the strategy is neither a single device nor DDP.
+            MisconfigurationException: If the strategy is neither a single device nor DDP, or DDP with a static graph.
         """
         super().on_fit_start()
+        # Lightning tells every user of a data module that the hook is that of the module; nobody has to act on it.
+        warnings.filterwarnings("ignore", message=".*overridden `on_before_batch_transfer` in `LightningModule`.*")
+        if self._split.network is not self.network:
+            self._split = SplitNetwork(self.network, self.task_names)
         if self.trainer.world_size > 1 and not isinstance(self.trainer.strategy, DDPStrategy):
             raise MisconfigurationException(
                 "`TaskGroupModule` trains on one device or with DDP (`Trainer(strategy='ddp')`). "
                 f"Found {type(self.trainer.strategy).__name__}."
+            )
+        if getattr(self.trainer.model, "static_graph", False):
+            raise MisconfigurationException(
+                "`TaskGroupModule` needs `DDPStrategy(static_graph=False)`, since each group has a graph of its own. "
+                "Found `static_graph=True`; remove it."
             )
 
     def on_train_epoch_end(self) -> None:
@@ -511,6 +581,19 @@ class TaskGroupModule(SingleNetworkModule):
         optimizer = self._optimizer(groups)
         optimizer.param_groups[1]["lr"] = optimizer.param_groups[1]["lr"] * self.head_lr_scale
         return optimizer
+
+    def configure_optimizers(self) -> Any:
+        """Return the optimiser and, if there is one, the scheduler; tell if the scheduler undoes ``head_lr_scale``."""
+        configured = super().configure_optimizers()
+        if self.head_lr_scale != 1.0 and isinstance(configured, dict):
+            shared, heads = (float(group["lr"]) for group in configured["optimizer"].param_groups)
+            if shared == heads != 0.0:
+                scheduler = type(configured["lr_scheduler"]["scheduler"]).__name__
+                rank_zero_warn(
+                    f"`{scheduler}` gives heads the learning rate of the trunk, so that `head_lr_scale` has no effect. "
+                    "Give it two rates, for the trunk and for the heads, such as `max_lr=[1e-3, 4e-3]`."
+                )
+        return configured
 
     def on_train_start(self) -> None:
         """Bring batches that a checkpoint holds to the device."""
@@ -540,6 +623,12 @@ class TaskGroupModule(SingleNetworkModule):
 
 def _nothing() -> None:
     return None
+
+
+def _zero(predictions: Any) -> Tensor:
+    """Return zero, with the graph of the predictions, a tensor or several."""
+    tensors = [tensor for tensor in pytree.tree_leaves(predictions) if isinstance(tensor, Tensor)]
+    return torch.stack([(tensor * 0.0).sum() for tensor in tensors]).sum()
 
 
 def _checked_weights(weights: Mapping[str, float] | None, task_names: Sequence[str]) -> dict[str, float]:
