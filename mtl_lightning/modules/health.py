@@ -18,6 +18,7 @@ class TaskHealth(nn.Module):
     Args:
         task_names: The names of the ``T`` tasks.
         max_nonfinite: How many losses in a row may be not finite.
+        warns_of_nonpositive: Whether to tell of losses that are zero or negative.
 
     Attributes:
         in_a_row: How many losses of each task were not finite since the last one that was, shape ``(T,)``, int64.
@@ -28,8 +29,9 @@ class TaskHealth(nn.Module):
     total: Tensor
     nonpositive: Tensor
 
-    def __init__(self, task_names: Sequence[str], max_nonfinite: int) -> None:
+    def __init__(self, task_names: Sequence[str], max_nonfinite: int, warns_of_nonpositive: bool = True) -> None:
         super().__init__()
+        self.warns_of_nonpositive = warns_of_nonpositive
         self.task_names = tuple(task_names)
         self.max_nonfinite = max_nonfinite
         self.register_buffer("in_a_row", torch.zeros(len(self.task_names), dtype=torch.int64))
@@ -90,7 +92,7 @@ class TaskHealth(nn.Module):
                 self._warn(
                     name, f"The loss of task {name!r} is not finite. The task is left out of such batches; see the log."
                 )
-            if nonpositive[task]:
+            if nonpositive[task] and self.warns_of_nonpositive:
                 self._warn(
                     name,
                     f"The loss of task {name!r} is zero or negative. It is trained, but kept out of the affinity, "

@@ -258,6 +258,8 @@ class MT2OModule(MultiTaskModule):
         if self._pending_gradient is not None:
             self.population.theta.grad = self._pending_gradient.to(self.population.theta)
             self._pending_gradient = None
+        # It was loaded before the module was moved.
+        self._losses_of_step.load_state_dict(self._losses_of_step.state_dict(), self.device)
         super().on_train_start()
 
     def training_step(self, batch: Any, batch_idx: int) -> None:

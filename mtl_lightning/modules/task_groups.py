@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.core.hooks import DataHooks
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -31,6 +27,7 @@ from mtl_lightning.modules.base import (
     OptimizerCallable,
     check_count,
 )
+from mtl_lightning.modules.gradients import average_gradients
 from mtl_lightning.modules.health import TaskHealth
 from mtl_lightning.modules.single_network import SingleNetworkModule
 from mtl_lightning.seeds import seed_generators
@@ -224,7 +221,6 @@ class TaskGroupModule(SingleNetworkModule):
             )
         self._parts: list[_Part] = []
         self._had_gradient: set[int] = set()
-        self._counts_on_host: list[float] | None = None
         self._order: list[list[int]] = list(self.updates.partition)
 
     @classmethod
@@ -296,31 +292,10 @@ class TaskGroupModule(SingleNetworkModule):
 
     # ------------------------------------------------------------------------------------------------------- training
 
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Count the labels while they are on the host, where reading the counts waits for nothing."""
-        if self.trainer.training and self._has_labels_before_transfer():
-            self._counts_on_host = self.count_labels(self.unpack_batch(batch)[1]).tolist()
-        return batch
-
-    def _has_labels_before_transfer(self) -> bool:
-        """Return whether the targets are known, and final, before the batch is on the device."""
-        owners: list[Any] = [self, getattr(self.trainer, "datamodule", None)]
-        hooks = ("transfer_batch_to_device", "on_after_batch_transfer")
-        plain = (
-            getattr(type(owner), hook) is getattr(DataHooks, hook)
-            for owner in owners
-            if owner is not None
-            for hook in hooks
-        )
-        # An override of `unpack_batch` may need the device, or draw random numbers: it is called once.
-        return type(self).unpack_batch is MultiTaskModule.unpack_batch and all(plain)
-
     def training_step(self, batch: Any, batch_idx: int) -> None:
         """Update all groups, one after another."""
         inputs, targets = self.unpack_batch(batch)
-        counts = self.count_labels(targets).tolist() if self._counts_on_host is None else self._counts_on_host
-        self._counts_on_host = None
-        self._parts.append(_Part(inputs, dict(targets), counts, self.batch_seed()))
+        self._parts.append(_Part(inputs, dict(targets), self.take_label_counts(targets), self.batch_seed()))
         if self.is_step_due():
             self._update(batch_idx)
             self._parts = []
@@ -353,14 +328,9 @@ class TaskGroupModule(SingleNetworkModule):
 
     def _share_labels(self) -> list[int]:
         """Give the batches their shares; return the tasks with labels in any of them, on any rank."""
-        totals = [sum(counts) for counts in zip(*(part.counts for part in self._parts), strict=True)]
-        if self.trainer.world_size > 1:
-            totals = self.reduced(torch.tensor(totals, device=self.device), "sum").tolist()
+        totals = self.total_labels([sum(counts) for counts in zip(*(part.counts for part in self._parts), strict=True)])
         for part in self._parts:
-            part.shares = [
-                count * self.trainer.world_size / total if count else 0.0
-                for count, total in zip(part.counts, totals, strict=True)
-            ]
+            part.shares = self.label_shares(part.counts, totals)
         return [task for task, total in enumerate(totals) if total]
 
     def _backward(self, group: Sequence[int], measured: Sequence[int]) -> Tensor:
@@ -375,7 +345,7 @@ class TaskGroupModule(SingleNetworkModule):
         gate = GradientGate()
         with self._split.frozen(part.seen):
             outputs, own = self._evaluate_part(part, group, measured, gate)
-            values = self._reduced_values(part, own, measured)
+            values = self.mean_over_labels(own, part.shares, measured)
             if group:
                 gate.is_open = {self.task_names[task]: values[task].isfinite() for task in measured}
                 self.health.observe(group, values)
@@ -401,14 +371,6 @@ class TaskGroupModule(SingleNetworkModule):
         with torch.set_grad_enabled(bool(group)):
             return outputs, dict(zip(own, self.checked_losses(outputs, targets).values(), strict=True))
 
-    def _reduced_values(self, part: _Part, own: Mapping[int, Tensor], measured: Sequence[int]) -> Tensor:
-        """Return the part that this batch has in the mean losses over all labels and ranks, float64, shape ``(T,)``."""
-        # One dtype, since ranks may hold losses of different ones; made on the device, not copied to it.
-        values = torch.full((len(self.tasks),), torch.nan, dtype=torch.float64, device=self.device)
-        for task in measured:
-            values[task] = own[task].detach() * part.shares[task] if task in own else 0.0
-        return self.reduced(values, "mean") if self.trainer.world_size > 1 else values
-
     def _accumulate_gradients(
         self,
         part: _Part,
@@ -429,19 +391,17 @@ class TaskGroupModule(SingleNetworkModule):
                     # No labels here: the same graph as on the ranks that have some, with gradients of zero.
                     objective = objective + _zero(outputs[name])
             if objective.requires_grad:  # else there is nothing to train in this group
-                stack.enter_context(self._unsynchronised())
+                stack.enter_context(self.unsynchronised())
                 self.manual_backward(objective)
-
-    def _unsynchronised(self) -> AbstractContextManager[None]:
-        """Return a context in which DDP leaves gradients alone: it knows one backward pass per forward only."""
-        no_sync = getattr(self.trainer.model, "no_sync", None)
-        return nullcontext() if no_sync is None else no_sync()
 
     def _step(self, group: Sequence[int], is_last: bool) -> None:
         """Step the optimiser for the gradients of a group, and clear them."""
         optimizer: Any = self.optimizers()
         if self.trainer.world_size > 1:
-            self._reduce_gradients(group)
+            own = self._split.head_parameters()
+            inactive = {id(p) for task, name in enumerate(self.task_names) if task not in group for p in own[name]}
+            active = [parameter for parameter in self.trained_parameters() if id(parameter) not in inactive]
+            average_gradients(active, partial(self.reduced, operation="mean"))
         if self.inactive_heads == "zero_grad":
             self._zero_gradients()
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
@@ -462,37 +422,6 @@ class TaskGroupModule(SingleNetworkModule):
                 self._had_gradient.add(index)
             elif index in self._had_gradient and parameter.requires_grad:
                 parameter.grad = torch.zeros_like(parameter)
-
-    def _reduce_gradients(self, group: Sequence[int]) -> None:
-        """Average the gradients over the ranks, in one piece per dtype.
-
-        Ranks may have reached different parameters, as by a layer that is dropped at random: a gradient that a rank
-        lacks counts as zero there, and one that all lack stays ``None``.
-        """
-        own = self._split.head_parameters()
-        inactive = {id(p) for task, name in enumerate(self.task_names) if task not in group for p in own[name]}
-        by_dtype: dict[torch.dtype, list[nn.Parameter]] = {}  # in the same order on all ranks, which a set is not
-        for parameter in self.trained_parameters():
-            if id(parameter) not in inactive:
-                by_dtype.setdefault(parameter.dtype, []).append(parameter)
-        for some in by_dtype.values():
-            reached = torch.ones(len(some), dtype=some[0].dtype, device=self.device)
-            lacking = [place for place, parameter in enumerate(some) if parameter.grad is None]
-            for place in lacking:
-                reached[place] = 0.0
-            gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in some]
-            flat = self.reduced(torch.cat([reached, *(gradient.flatten() for gradient in gradients)]), "mean")
-            reached, *pieces = torch.split(flat, [len(some), *(gradient.numel() for gradient in gradients)])
-            elsewhere = reached.tolist() if lacking else []  # waits for the device, but only where something is lacking
-            for place, (parameter, gradient, piece) in enumerate(zip(some, gradients, pieces, strict=True)):
-                if parameter.grad is not None or elsewhere[place]:
-                    parameter.grad = gradient.copy_(piece.view_as(gradient))
-
-    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Clip the gradient of the group, after any gradient scaling is undone."""
-        if self.gradient_clip_norm is not None:
-            parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-            torch.nn.utils.clip_grad_norm_(parameters, self.gradient_clip_norm)
 
     def _refresh_fisher(self, present: Sequence[int]) -> None:
         """Measure the Fisher information for the rules that group by it."""
@@ -529,11 +458,7 @@ class TaskGroupModule(SingleNetworkModule):
         return rows
 
     def _log_training(self, losses: Tensor, present: Sequence[int], batch_idx: int) -> None:
-        # A call to `log` costs about a millisecond, so it is made only where loggers take the values in before the next
-        # update, at the beginning, and for what is read at the end of an epoch.
-        every = self.trainer.log_every_n_steps or torch.inf  # type: ignore[attr-defined]  # set by a connector
-        due = -(self.trainer.fit_loop.total_batch_idx + 1) % every < self.accumulate_batches
-        if not due and batch_idx >= self.accumulate_batches and not self.trainer.is_last_batch:
+        if not self.is_logging_due(batch_idx):
             return
         values: dict[str, Any] = {f"train_loss/{self.task_names[task]}": losses[task] for task in present}
         failures = zip(self.task_names, self.health.known_total, strict=True)
@@ -542,26 +467,10 @@ class TaskGroupModule(SingleNetworkModule):
         self.log("train_loss", losses.nanmean(), prog_bar=True)
 
     def on_fit_start(self) -> None:
-        """Refuse strategies under which gradients are not whole on every rank.
-
-        Raises:
-            MisconfigurationException: If the strategy is neither a single device nor DDP, or DDP with a static graph.
-        """
+        """Look at the network once more: it may have been replaced."""
         super().on_fit_start()
-        # Lightning tells every user of a data module that the hook is that of the module; nobody has to act on it.
-        warnings.filterwarnings("ignore", message=".*overridden `on_before_batch_transfer` in `LightningModule`.*")
         if self._split.network is not self.network:
             self._split = SplitNetwork(self.network, self.task_names)
-        if self.trainer.world_size > 1 and not isinstance(self.trainer.strategy, DDPStrategy):
-            raise MisconfigurationException(
-                "`TaskGroupModule` trains on one device or with DDP (`Trainer(strategy='ddp')`). "
-                f"Found {type(self.trainer.strategy).__name__}."
-            )
-        if getattr(self.trainer.model, "static_graph", False):
-            raise MisconfigurationException(
-                "`TaskGroupModule` needs `DDPStrategy(static_graph=False)`, since each group has a graph of its own. "
-                "Found `static_graph=True`; remove it."
-            )
 
     def on_train_epoch_end(self) -> None:
         """Report sick tasks; step the schedulers that monitor a metric."""

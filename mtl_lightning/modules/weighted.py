@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from math import isfinite
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.core.hooks import DataHooks
-from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -20,7 +16,6 @@ from mtl_lightning.modules.averaging import LossAverage
 from mtl_lightning.modules.base import (
     LRSchedulerCallable,
     LRSchedulerInterval,
-    MultiTaskModule,
     OptimizerCallable,
     check_count,
 )
@@ -28,6 +23,7 @@ from mtl_lightning.modules.gradients import average_gradients
 from mtl_lightning.modules.health import TaskHealth
 from mtl_lightning.modules.single_network import SingleNetworkModule
 from mtl_lightning.population import UserInputError
+from mtl_lightning.seeds import seed_generators
 from mtl_lightning.split_network import SplitNetwork, frozen_statistics
 from mtl_lightning.task import Task
 from mtl_lightning.weighting import Equal, LossWeighting
@@ -117,10 +113,9 @@ class WeightedModule(SingleNetworkModule):
         check_count("max_nonfinite", max_nonfinite)
         self.weighting = Equal() if weighting is None else weighting
         self.weighting.resolve(self.task_names)
-        self.health = TaskHealth(self.task_names, max_nonfinite)
+        self.health = TaskHealth(self.task_names, max_nonfinite, warns_of_nonpositive=False)
         self._layer = self._shared_layer() if self.weighting.needs_gradient_norms else []
         self._losses_of_step = LossAverage(len(self.tasks))
-        self._counts_on_host: list[float] | None = None
         self._pending_gradients: dict[int, Tensor] | None = None
 
     # ------------------------------------------------------------------------------------------------------- training
@@ -128,112 +123,111 @@ class WeightedModule(SingleNetworkModule):
     def training_step(self, batch: Any, batch_idx: int) -> None:
         """Add the gradient of the objective of a batch, and step the optimiser if it is time."""
         inputs, targets = self.unpack_batch(batch)
-        counts = self.count_labels(targets).tolist() if self._counts_on_host is None else self._counts_on_host
-        self._counts_on_host = None
-        present, shares = self._share_labels(counts)
-        part = _Part(inputs, {self.task_names[task]: targets[self.task_names[task]] for task in shares}, shares)
+        counts = self.take_label_counts(targets)
+        totals = self.total_labels(counts)
+        known = {name: targets[name] for name, count in zip(self.task_names, counts, strict=True) if count}
+        part = _Part(inputs, known, self.label_shares(counts, totals))
         is_due = self.is_step_due()
-        losses = self._backward(part, present, is_due, batch_idx) if present else None
+        losses = self._pass(part, [task for task, total in enumerate(totals) if total], is_due, batch_idx)
         if is_due and self._losses_of_step.tasks:
             self._step(part, losses)
         if self.trainer.is_last_batch:
             self.weighting.end_epoch()
         self.finish_batch()
 
-    def _share_labels(self, counts: Sequence[float]) -> tuple[list[int], dict[int, float]]:
-        """Return the tasks with labels on any rank, and for those with labels here the factors of this rank's losses.
+    def _pass(self, part: _Part, present: Sequence[int], is_due: bool, batch_idx: int) -> dict[int, Tensor]:
+        """Add the gradient of the objective of a batch; return the losses over all labels and ranks, by task.
 
-        The mean over ranks of the losses with these factors is the mean over all labels.
+        Args:
+            part: The batch of this rank.
+            present: The tasks with labels on any rank. Those whose loss is not finite take no part.
+            is_due: Whether the optimiser steps after this batch.
+            batch_idx: The place of the batch in the epoch.
         """
-        totals = list(counts)
-        if self.trainer.world_size > 1:
-            totals = self.reduced(torch.tensor(totals, device=self.device), "sum").tolist()
-        shares = {
-            task: counts[task] * self.trainer.world_size / totals[task] for task in range(len(counts)) if counts[task]
-        }
-        return [task for task, total in enumerate(totals) if total], shares
-
-    def _backward(self, part: _Part, present: Sequence[int], is_due: bool, batch_idx: int) -> dict[int, Tensor]:
-        """Add the gradient of the objective; return the losses of all labels that are finite, by task."""
+        if not present:
+            return {}
         if self.weighting.needs_losses_after_step:
-            torch.manual_seed(self.batch_seed())
+            seed_generators(self.batch_seed(), self.device)
         outputs = self(part.inputs)
         own = self._own_losses(outputs, part)
-        values, indicators = self._reduced_values(outputs, own, part, present)
-        self.health.observe(present, values)
-        self.health.finish_batch()
-        found = values.tolist()  # waits for the device
-        tasks = [task for task in present if isfinite(found[task])]
+        values = self.mean_over_labels(own, part.shares, present)
+        tasks = self._healthy(values, present)
         if not tasks:
             return {}
-        self._check_positive({task: found[task] for task in tasks})
         losses = values[tasks]
-        if self.weighting.needs_gradient_norms and is_due:
-            norms = self._gradient_norms(own, part, tasks)
+        # Under autocast a weighting would be evaluated in half precision.
         with torch.autocast(self.device.type, enabled=False):
-            self.weighting.observe_batch(losses, indicators[tasks], tasks)
-            slopes = self.weighting.slopes(losses, tasks)
-            objective = self.weighting(losses, tasks)  # has the graph of the weighting's own parameters only
-        self._log_training(dict(zip(tasks, losses, strict=True)), dict(zip(tasks, slopes, strict=True)), batch_idx)
-        if not objective.requires_grad:
-            objective = torch.zeros((), device=self.device)
-        for task, slope in zip(tasks, slopes, strict=True):
+            self.weighting.observe_batch(losses, self._indicators(outputs, part, tasks)[tasks], tasks)
+            slopes = dict(zip(tasks, self.weighting.slopes(losses, tasks), strict=True))
+            price = self.weighting(losses, tasks)  # with the graph of the weighting's own parameters
+        if self.weighting.needs_gradient_norms and is_due:
+            self.weighting.observe_gradients(losses, self._gradient_norms(own, part, tasks), tasks)
+        self._backward(own, part, slopes, price)
+        self._losses_of_step.update(values.unsqueeze(0), tasks)
+        found = dict(zip(tasks, losses, strict=True))
+        self._log_training(found, slopes, batch_idx)
+        return found
+
+    def _healthy(self, values: Tensor, present: Sequence[int]) -> list[int]:
+        """Return the tasks whose loss is finite, of those with labels; count the others.
+
+        Raises:
+            ValueError: If a loss is negative and the weighting has no use for it.
+        """
+        self.health.observe(present, values)
+        self.health.finish_batch()
+        losses = values.tolist()  # waits for the device
+        for task in present:
+            if losses[task] < 0 and self.weighting.needs_positive_losses:
+                raise UserInputError(
+                    f"The loss of task {self.task_names[task]!r} should not be negative under "
+                    f"`{type(self.weighting).__name__}`. Found {losses[task]:g}. Add a constant to the loss, or choose "
+                    "another weighting."
+                )
+        return [task for task in present if isfinite(losses[task])]
+
+    def _backward(self, own: Mapping[int, Tensor], part: _Part, slopes: Mapping[int, Tensor], price: Tensor) -> None:
+        """Add the gradient of the objective: its slopes at the losses of all ranks weigh the losses of this one."""
+        objective = price if price.requires_grad else torch.zeros((), device=self.device)
+        for task, slope in slopes.items():
             if task in own and own[task].requires_grad:
                 objective = objective + slope.to(own[task]) * part.shares[task] * own[task]
         if objective.requires_grad:  # else this rank has no labels, or there is nothing to train
-            with self._unsynchronised():
+            with self.unsynchronised():
                 self.manual_backward(objective / self.accumulate_batches)
-        if self.weighting.needs_gradient_norms and is_due:
-            self.weighting.observe_gradients(losses, norms, tasks)
-        self._losses_of_step.update(values.unsqueeze(0), tasks)
-        return dict(zip(tasks, losses, strict=True))
 
     def _own_losses(self, outputs: Mapping[str, Tensor], part: _Part) -> dict[int, Tensor]:
         """Return the losses of the tasks with labels on this rank, by task."""
         if not part.targets:
             return {}
-        return dict(zip(part.shares, self.checked_losses(outputs, part.targets).values(), strict=True))
+        losses = self.checked_losses(outputs, part.targets)
+        return {self.task_names.index(name): loss for name, loss in losses.items()}
 
-    def _reduced_values(
-        self, outputs: Mapping[str, Tensor], own: Mapping[int, Tensor], part: _Part, present: Sequence[int]
-    ) -> tuple[Tensor, Tensor]:
-        """Return mean losses and indicators over all labels and ranks, float64, shape ``(T,)``; NaN without any."""
-        # One dtype, since ranks may hold losses of different ones; made on the device, not copied to it.
-        values = torch.full((2, len(self.tasks)), torch.nan, dtype=torch.float64, device=self.device)
-        for task in present:
+    @torch.no_grad()
+    def _indicators(self, outputs: Mapping[str, Tensor], part: _Part, tasks: Sequence[int]) -> Tensor:
+        """Return what the weighting's indicators say of the batch over all labels, shape ``(T,)``; NaN without any."""
+        named = [task for task in tasks if self.task_names[task] in self.weighting.indicators]
+        if not named:
+            return torch.full((len(self.tasks),), torch.nan, dtype=torch.float64, device=self.device)
+        own = {}
+        for task in named:
             name = self.task_names[task]
-            indicator = self.weighting.indicators.get(name)
-            values[0, task] = own[task].detach() * part.shares[task] if task in own else 0.0
-            if indicator is not None:
-                values[1, task] = 0.0
-                if task in own:
-                    with torch.no_grad():
-                        values[1, task] = indicator(outputs[name], part.targets[name]) * part.shares[task]
-        losses, indicators = self.reduced(values, "mean") if self.trainer.world_size > 1 else values
-        return losses, indicators
-
-    def _check_positive(self, losses: Mapping[int, float]) -> None:
-        negative = [task for task, loss in losses.items() if loss < 0]
-        if negative and self.weighting.needs_positive_losses:
-            raise UserInputError(
-                f"The loss of task {self.task_names[negative[0]]!r} should not be negative under "
-                f"`{type(self.weighting).__name__}`. Found {losses[negative[0]]:g}. Add a constant to the loss, or "
-                "choose another weighting."
-            )
+            if name in part.targets:
+                own[task] = self.weighting.indicators[name](outputs[name], part.targets[name])
+        return self.mean_over_labels(own, part.shares, named)
 
     def _gradient_norms(self, own: Mapping[int, Tensor], part: _Part, tasks: Sequence[int]) -> Tensor:
         """Return the norms of the gradients of the mean losses over all labels in the shared layer, shape ``(T',)``."""
-        layer = self._layer
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         # As in the backward pass, small gradients would vanish in half precision.
         scale = 1.0 if scaler is None else scaler.get_scale()
         rows = []
         for task in tasks:
-            gradients: Sequence[Tensor | None] = [None] * len(layer)
+            gradients: Sequence[Tensor | None] = [None] * len(self._layer)
             if task in own and own[task].requires_grad:
                 loss = own[task] * (part.shares[task] * scale)
-                gradients = torch.autograd.grad(loss, layer, retain_graph=True, allow_unused=True)
-            zeros = (torch.zeros_like(p) if g is None else g for p, g in zip(layer, gradients, strict=True))
+                gradients = torch.autograd.grad(loss, self._layer, retain_graph=True, allow_unused=True)
+            zeros = (torch.zeros_like(p) if g is None else g for p, g in zip(self._layer, gradients, strict=True))
             rows.append(torch.cat([gradient.flatten().float() for gradient in zeros]))
         matrix = torch.stack(rows) / scale
         matrix = self.reduced(matrix, "mean") if self.trainer.world_size > 1 else matrix
@@ -263,7 +257,7 @@ class WeightedModule(SingleNetworkModule):
             )
         return shared[-1:]
 
-    def _step(self, part: _Part, before: dict[int, Tensor] | None) -> None:
+    def _step(self, part: _Part, before: Mapping[int, Tensor]) -> None:
         """Step the optimiser, and let the weighting learn from the step."""
         optimizer: Any = self.optimizers()
         if self.trainer.world_size > 1:
@@ -271,9 +265,7 @@ class WeightedModule(SingleNetworkModule):
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         scale = 1.0
         if scaler is not None:
-            scaler.scale(
-                torch.zeros((), device=self.device)
-            )  # made at its first use, which a rank without labels lacks
+            scaler.scale(torch.zeros((), device=self.device))  # it starts with its first use, if a rank had no labels
             scale = scaler.get_scale()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -290,30 +282,15 @@ class WeightedModule(SingleNetworkModule):
 
     def _losses_after_step(self, part: _Part, tasks: Sequence[int]) -> Tensor:
         """Return the losses of the batch once more, with the same random numbers, shape ``(T',)``."""
-        torch.manual_seed(self.batch_seed())
+        seed_generators(self.batch_seed(), self.device)
         torch.clear_autocast_cache()  # within one autocast region it keeps the weights of before the step
         with torch.no_grad(), frozen_statistics(self.network.modules()):
             outputs = self(part.inputs)
-            values, _ = self._reduced_values(outputs, self._own_losses(outputs, part), part, tasks)
-        return values[list(tasks)]
-
-    def _unsynchronised(self) -> AbstractContextManager[None]:
-        """Return a context in which DDP leaves gradients alone: they are averaged before the step."""
-        no_sync = getattr(self.trainer.model, "no_sync", None)
-        return nullcontext() if no_sync is None else no_sync()
-
-    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Clip the gradient, after any gradient scaling is undone."""
-        if self.gradient_clip_norm is not None:
-            parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-            torch.nn.utils.clip_grad_norm_(parameters, self.gradient_clip_norm)
+            own = self._own_losses(outputs, part)
+        return self.mean_over_labels(own, part.shares, tasks)[list(tasks)]
 
     def _log_training(self, losses: Mapping[int, Tensor], slopes: Mapping[int, Tensor], batch_idx: int) -> None:
-        # A call to `log` costs about a millisecond, so it is made only where loggers take the values in before the next
-        # step, at the beginning, and for what is read at the end of an epoch.
-        every = self.trainer.log_every_n_steps or torch.inf  # type: ignore[attr-defined]  # set by a connector
-        due = -(self.trainer.fit_loop.total_batch_idx + 1) % every < self.accumulate_batches
-        if not due and batch_idx >= self.accumulate_batches and not self.trainer.is_last_batch:
+        if not self.is_logging_due(batch_idx):
             return
         values: dict[str, Any] = {f"train_loss/{self.task_names[task]}": loss for task, loss in losses.items()}
         values |= {f"weight/{self.task_names[task]}": slope for task, slope in slopes.items()}
@@ -322,39 +299,11 @@ class WeightedModule(SingleNetworkModule):
         self.log_dict(values)
         self.log("train_loss", torch.stack(list(losses.values())).mean(), prog_bar=True)
 
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Count the labels while they are on the host, where reading the counts waits for nothing."""
-        if self.trainer.training and self._has_labels_before_transfer():
-            self._counts_on_host = self.count_labels(self.unpack_batch(batch)[1]).tolist()
-        return batch
-
-    def _has_labels_before_transfer(self) -> bool:
-        """Return whether the targets are known, and final, before the batch is on the device."""
-        owners: list[Any] = [self, getattr(self.trainer, "datamodule", None)]
-        hooks = ("transfer_batch_to_device", "on_after_batch_transfer")
-        plain = (
-            getattr(type(owner), hook) is getattr(DataHooks, hook)
-            for owner in owners
-            if owner is not None
-            for hook in hooks
-        )
-        # An override of `unpack_batch` may need the device, or draw random numbers: it is called once.
-        return type(self).unpack_batch is MultiTaskModule.unpack_batch and all(plain)
-
     def on_fit_start(self) -> None:
-        """Refuse strategies under which gradients are not whole on every rank.
-
-        Raises:
-            MisconfigurationException: If the strategy is neither a single device nor DDP.
-        """
+        """Look for the shared layer once more: it may have been replaced."""
         super().on_fit_start()
         if self.weighting.needs_gradient_norms:
-            self._layer = self._shared_layer()  # it may have been replaced
-        if self.trainer.world_size > 1 and not isinstance(self.trainer.strategy, DDPStrategy):
-            raise MisconfigurationException(
-                f"`{type(self).__name__}` trains on one device or with DDP (`Trainer(strategy='ddp')`). "
-                f"Found {type(self.trainer.strategy).__name__}."
-            )
+            self._layer = self._shared_layer()
 
     def on_train_epoch_end(self) -> None:
         """Report sick tasks; step the schedulers that monitor a metric."""
@@ -374,12 +323,14 @@ class WeightedModule(SingleNetworkModule):
         return self._optimizer(groups)
 
     def on_train_start(self) -> None:
-        """Take up the gradients that a checkpoint holds; Lightning zeroes gradients between loading and here."""
+        """Take up the gradients and sums that a checkpoint holds; Lightning zeroes gradients after loading."""
         if self._pending_gradients is not None:
             parameters = list(self.parameters())
             for index, gradient in self._pending_gradients.items():
                 parameters[index].grad = gradient.to(parameters[index])
             self._pending_gradients = None
+        # It was loaded before the module was moved.
+        self._losses_of_step.load_state_dict(self._losses_of_step.state_dict(), self.device)
         super().on_train_start()
 
     def get_extra_state(self) -> dict[str, Any]:
@@ -403,4 +354,4 @@ class _Part:
 
     inputs: Any
     targets: dict[str, Tensor]
-    shares: dict[int, float]  # factors of this rank's losses in the mean over all labels, by task
+    shares: list[float]  # this rank's part in the mean over all labels, by task
