@@ -86,7 +86,7 @@ class SplitDataModule(LightningDataModule):
         elif split == "train":
             return ResumableDataLoader(
                 dataset,
-                EpochSampler(cast("Sized", dataset), seed=self.seed, **ranks),
+                self.train_sampler(cast("Sized", dataset), **ranks),
                 batch_size=self.batch_size,
                 num_workers=self.num_workers,
                 collate_fn=self.collate_fn,
@@ -103,6 +103,10 @@ class SplitDataModule(LightningDataModule):
             pin_memory=pin_memory,
             generator=self.generator("workers", split),
         )
+
+    def train_sampler(self, dataset: Sized, *, num_replicas: int, rank: int) -> EpochSampler:
+        """Return the order of the training samples; ``EpochIndexSampler`` for a data set that has to know the epoch."""
+        return EpochSampler(dataset, seed=self.seed, num_replicas=num_replicas, rank=rank)
 
     def train_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
         """Return the loader of the training split."""

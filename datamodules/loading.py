@@ -86,6 +86,23 @@ class EpochSampler(DistributedSampler[int]):
         return (order[position % self.size] for position in self._positions())
 
 
+class EpochIndexSampler(EpochSampler):
+    """Yields ``epoch * size + index``, so that a data set knows the epoch, also in a worker.
+
+    What such a data set draws at random can depend on the seed, the epoch and the index only.
+
+    Example:
+        >>> sampler = EpochIndexSampler(range(3), shuffle=False)
+        >>> sampler.set_epoch(2)
+        >>> list(sampler)
+        [6, 7, 8]
+    """
+
+    def __iter__(self) -> Iterator[int]:
+        start = self.epoch * self.size
+        return (start + index for index in super().__iter__())
+
+
 class ResumableDataLoader(DataLoader[T_co]):
     """A loader that, stopped after any batch and resumed, goes on with the next one.
 

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from mtl_lightning.datamodules.base import Split, SplitDataModule, check_at_least
 from mtl_lightning.datamodules.joint_transforms import JointTransform, LabelKind, missing_like
-from mtl_lightning.datamodules.loading import EpochSampler, ResumableDataLoader, derive_seed
+from mtl_lightning.datamodules.loading import EpochIndexSampler, EpochSampler, derive_seed
 from mtl_lightning.datamodules.scene_cache import SceneFile, SceneSet, read_map
 from mtl_lightning.datamodules.scene_geometry import SEMSEG_CLASSES
 from mtl_lightning.datamodules.scene_rendering import MAX_SIZE, MIN_SIZE
@@ -146,14 +146,6 @@ def _add_noise(label: Tensor, task: SceneTask, noise: float, generator: torch.Ge
     return torch.nn.functional.normalize(label, dim=0) if task.kind == "normal" else label
 
 
-class _EpochIndexSampler(EpochSampler):
-    """Yields ``epoch * size + index``, so that a data set knows the epoch, also in a worker."""
-
-    def __iter__(self) -> Iterator[int]:
-        start = self.epoch * self.size
-        return (start + index for index in super().__iter__())
-
-
 class ScenesDataModule(SplitDataModule):
     """Pictures of random rooms and labels of up to twelve dense tasks, rendered, with nothing to download.
 
@@ -275,21 +267,11 @@ class ScenesDataModule(SplitDataModule):
         for split in self.counts:
             self.datasets[split] = self._dataset(split)
 
-    def dataloader(self, split: Split) -> DataLoader[Any] | list[DataLoader[Any]]:
-        """Return the loader of ``split``; no loader, as an empty list, if the split is left out."""
-        loader = super().dataloader(split)
-        if not self.augment or not isinstance(loader, ResumableDataLoader):
-            return loader
-        sampler = loader.sampler
-        return ResumableDataLoader(
-            loader.dataset,
-            _EpochIndexSampler(
-                range(self.counts[split]), seed=self.seed, num_replicas=sampler.num_replicas, rank=sampler.rank
-            ),
-            batch_size=self.batch_size,
-            num_workers=self.num_workers,
-            pin_memory=loader.pin_memory,
-        )
+    def train_sampler(self, dataset: Sized, *, num_replicas: int, rank: int) -> EpochSampler:
+        """Return the order of the training scenes, with the epoch if they are augmented."""
+        if not self.augment:
+            return super().train_sampler(dataset, num_replicas=num_replicas, rank=rank)
+        return EpochIndexSampler(dataset, seed=self.seed, num_replicas=num_replicas, rank=rank)
 
     def _dataset(self, split: Split) -> ScenesDataset | None:
         scenes = self._scenes(split)

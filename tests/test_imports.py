@@ -21,8 +21,14 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "networks": ({"core", "networks"}, {"torch", "timm"}),
     "modules": ({"core", "metrics", "modules"}, _LIGHTNING),
     "callbacks": ({"core", "metrics", "callbacks"}, _LIGHTNING | {"matplotlib"}),
-    "datamodules": ({"core", "metrics", "datamodules"}, _LIGHTNING | {"torchvision", "sklearn", "matplotlib", "PIL", "scipy"}),
-    "cli": ({"core", "metrics", "networks", "modules", "callbacks", "datamodules"}, _LIGHTNING | {"jsonargparse", "yaml"}),
+    "datamodules": (
+        {"core", "metrics", "datamodules"},
+        _LIGHTNING | {"torchvision", "sklearn", "matplotlib", "PIL", "scipy"},
+    ),
+    "cli": (
+        {"core", "metrics", "networks", "modules", "callbacks", "datamodules"},
+        _LIGHTNING | {"jsonargparse", "yaml"},
+    ),
 }
 PACKAGES = sorted(set(ALLOWED) - {"core", "cli"})
 

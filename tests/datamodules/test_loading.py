@@ -13,7 +13,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, SequentialSampler
 
-from mtl_lightning.datamodules.loading import EpochSampler, ResumableDataLoader, derive_seed
+from mtl_lightning.datamodules.loading import EpochIndexSampler, EpochSampler, ResumableDataLoader, derive_seed
 
 SIZE, BATCH_SIZE, EPOCHS = 11, 3, 3
 BATCHES = 4  # ceil(11 / 3)
@@ -374,3 +374,14 @@ def test_another_order_is_taken_after_an_epoch() -> None:
     assert [b.tolist() for b in resumed] == [
         _epoch(EpochSampler(range(SIZE), seed=1), 1)[i : i + 3] for i in (0, 3, 6, 9)
     ]
+
+
+@pytest.mark.parametrize("epoch", [0, 3])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_indices_that_tell_the_epoch_are_in_the_same_order(epoch: int, ranks: int) -> None:
+    for rank in range(ranks):
+        plain, telling = (
+            _epoch(sampler(range(SIZE), seed=4, num_replicas=ranks, rank=rank), epoch)
+            for sampler in (EpochSampler, EpochIndexSampler)
+        )
+        assert [divmod(index, SIZE) for index in telling] == [(epoch, index) for index in plain]
