@@ -1,8 +1,8 @@
 """How many samples a second the data sets of files give, and where the time goes.
 
-Every layout is written anew with rendered scenes, at a size like that of the real files. Milliseconds per sample: reading
-the bytes (which the system keeps in memory), decoding them into tensors, resizing and checking, augmentation and
-normalisation, and the rest of the loader, with batches of 8. One thread and no other process.
+Every layout is written anew with rendered scenes, at a size like that of the real files. Milliseconds per sample:
+reading the bytes (which the system keeps in memory), decoding them into tensors, resizing and checking, augmentation
+and normalisation, and the rest of the loader, with batches of 8. One thread and no other process.
 
     python benchmarks/dataloaders.py
 """

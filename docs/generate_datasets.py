@@ -60,8 +60,8 @@ Training orders are shuffled by seed and epoch, and augmentation depends on seed
 with any number of workers and resume in the middle of an epoch. Files of different tasks are matched by their key,
 never by position. Nothing is downloaded unless you ask for it; where files are missing the error names them, the tree,
 the address and the licence. NumPy files with pickles are refused, cut-off files are named, and `on_broken="skip"`
-leaves such samples out. Sets whose tasks have samples of their own (CIFAR-100, Office) mix them in every batch in equal parts;
-with loaders of your own in a `CombinedLoader`, let `unpack_batch` return `combine_batches(batch)`.
+leaves such samples out. Sets whose tasks have samples of their own (CIFAR-100, Office) mix them in every batch in equal
+parts; with loaders of your own in a `CombinedLoader`, let `unpack_batch` return `combine_batches(batch)`.
 
 Throughput of the dense sets, milliseconds per sample, with where they go:
 
