@@ -12,3 +12,5 @@ import torch
 def _deterministic() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    # What a test has given to `seed_everything` would seed the processes that the next one forks.
+    os.environ.pop("PL_GLOBAL_SEED", None)
