@@ -10,6 +10,7 @@ from lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
 
 from mtl_lightning.datamodules.loading import EpochSampler, ResumableDataLoader, derive_seed
+from mtl_lightning.datamodules.summaries import summarize
 
 Split = Literal["train", "val", "test"]
 
@@ -62,6 +63,21 @@ class SplitDataModule(LightningDataModule):
     def generator(self, *key: str) -> torch.Generator:
         """Return a new generator for the draws called ``key``, seeded by ``seed`` and independent of all other keys."""
         return torch.Generator().manual_seed(derive_seed(self.seed, *key))
+
+    def summary(self, num_samples: int = 32) -> str:
+        """Return a text on sizes, shapes, ranges, shares of missing values and of classes, over some samples per split.
+
+        What is read is what a batch holds: resized, normalised and, in training, augmented.
+
+        Args:
+            num_samples: How many samples of each split are read.
+
+        Raises:
+            RuntimeError: If ``setup`` has not been called.
+        """
+        if not self.datasets:
+            raise RuntimeError("`setup` should be called before `summary`.")
+        return summarize(self.datasets, num_samples)
 
     def dataloader(self, split: Split) -> DataLoader[Any] | list[DataLoader[Any]]:
         """Return the loader of ``split``; no loader, as an empty list, if the split is left out.

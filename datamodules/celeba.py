@@ -13,21 +13,19 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from mtl_lightning.datamodules.base import Split, SplitDataModule
+from mtl_lightning.datamodules.colours import Normalize, checked_colours
 from mtl_lightning.datamodules.downloads import check_digest
-from mtl_lightning.datamodules.files import BrokenFileError, Origin
+from mtl_lightning.datamodules.files import BrokenFileError, Origin, read_text
 from mtl_lightning.datamodules.label_tasks import binary_task
 from mtl_lightning.datamodules.loading import EpochIndexSampler, EpochSampler, derive_seed
 from mtl_lightning.datamodules.pictures import (
-    Normalize,
     OnBroken,
     PictureFiles,
-    check_image_size,
     check_on_broken,
-    checked_colours,
     picture_augmentation,
     without_broken,
 )
-from mtl_lightning.datamodules.summaries import summarize
+from mtl_lightning.datamodules.resizing import check_image_size
 from mtl_lightning.task import Task
 
 #: The attributes in the order of the file, which are the tasks.
@@ -164,7 +162,7 @@ class CelebADataModule(SplitDataModule):
     ) -> None:
         super().__init__(batch_size=batch_size, num_workers=num_workers, seed=seed)
         check_on_broken(on_broken)
-        self.root = Path(root)
+        self.root = Path(root).expanduser()
         self.tasks = _checked_names("tasks", tasks)
         self.image_size = check_image_size(image_size)
         self.augment = augment
@@ -212,10 +210,6 @@ class CelebADataModule(SplitDataModule):
         sampler = EpochIndexSampler if self.augment else EpochSampler
         return sampler(dataset, seed=self.seed, num_replicas=num_replicas, rank=rank)
 
-    def summary(self) -> str:
-        """Return a text on sizes, ranges and class shares; call ``setup`` first."""
-        return summarize(self.datasets)
-
     def _layout(self) -> _Layout:
         problems = {}
         for layout in _LAYOUTS:
@@ -231,7 +225,7 @@ class CelebADataModule(SplitDataModule):
 
 def _read_attributes(path: Path) -> tuple[list[str], npt.NDArray[np.int8]]:
     """Return the names of the files, and their labels, 0 or 1, shape ``(N, 40)``, in the order of the constants."""
-    lines = path.read_text().splitlines()
+    lines = read_text(path).splitlines()
     if len(lines) < 2 or not lines[0].strip().isdigit():
         raise BrokenFileError.of(path, "the number of pictures in its first line", repr("".join(lines[:1])[:40]))
     count, header = int(lines[0]), lines[1].split()
@@ -255,7 +249,7 @@ def _read_attributes(path: Path) -> tuple[list[str], npt.NDArray[np.int8]]:
 def _read_partition(path: Path, names: Sequence[str]) -> npt.NDArray[np.int64]:
     """Return the number of the split of each of the pictures ``names``, shape ``(N,)``."""
     parts = {}
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
         fields = line.split()
         if fields and (len(fields) != 2 or fields[1] not in ("0", "1", "2")):
             raise BrokenFileError.of(path, f"a name and 0, 1 or 2 in line {number}", repr(line))

@@ -12,20 +12,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from mtl_lightning.datamodules.base import check_fraction
+from mtl_lightning.datamodules.colours import COLOURS, Colours, checked_colours
 from mtl_lightning.datamodules.combined import CombinedMode, PerTaskDataModule, PerTaskDataset
 from mtl_lightning.datamodules.downloads import check_digest, download_file, extract_archive
 from mtl_lightning.datamodules.files import BrokenFileError, DatasetNotFoundError
 from mtl_lightning.datamodules.label_tasks import class_task
 from mtl_lightning.datamodules.numpy_pickle import read_numpy_pickle
-from mtl_lightning.datamodules.pictures import (
-    COLOURS,
-    Colours,
-    check_image_size,
-    checked_colours,
-    picture_augmentation,
-    prepare_picture,
-)
-from mtl_lightning.datamodules.summaries import summarize
+from mtl_lightning.datamodules.pictures import picture_augmentation, prepare_picture
+from mtl_lightning.datamodules.resizing import check_image_size
 from mtl_lightning.task import Task
 
 #: The coarse classes in the order of their numbers, which are the tasks.
@@ -122,7 +116,7 @@ class CIFAR100DataModule(PerTaskDataModule):
             seed=seed,
         )
         check_fraction("val_fraction", val_fraction)
-        self.root = Path(root)
+        self.root = Path(root).expanduser()
         self.download = download
         self.image_size = check_image_size(image_size)
         self.augment = augment
@@ -169,9 +163,16 @@ class CIFAR100DataModule(PerTaskDataModule):
                 }
             )
 
-    def summary(self) -> str:
-        """Return a text on sizes, ranges and missing labels; call ``setup`` first."""
-        return summarize(self.datasets, num_samples=100)
+    def summary(self, num_samples: int = 200) -> str:
+        """Return what ``SplitDataModule.summary`` tells, over enough samples for some of each task.
+
+        Args:
+            num_samples: How many samples of each split are read.
+
+        Raises:
+            RuntimeError: If ``setup`` has not been called.
+        """
+        return super().summary(num_samples)
 
     def _part(self, pictures: Tensor, labels: Tensor, rows: Tensor) -> _Pictures:
         return _Pictures(pictures, labels[:, 1], rows, self.image_size, self.colours)

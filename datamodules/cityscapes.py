@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from mtl_lightning.datamodules.base import Split
+from mtl_lightning.datamodules.colours import Normalize
 from mtl_lightning.datamodules.dense import (
     DenseDataModule,
     DenseTask,
     Files,
     Folder,
-    Normalize,
     OnBroken,
     check_names,
 )
@@ -55,7 +55,7 @@ def cityscapes_specs(num_classes: int = 7) -> dict[str, DenseTask]:
 
 
 def read_disparity(path: Path) -> Tensor:
-    """Return the scaled disparity ``(v - 1) / 1024`` of a 16-bit picture, float32, ``(1, H, W)``; NaN where v is 0.
+    """Return the scaled disparity ``(v - 1) / 1024`` of a 16-bit picture, float32, ``(1, H, W)``; NaN for 0 and 1.
 
     Raises:
         BrokenFileError: If it is no such picture.
@@ -64,7 +64,8 @@ def read_disparity(path: Path) -> Tensor:
     if stored.ndim != 2:
         raise BrokenFileError.of(path, "a disparity map of shape (H, W)", f"shape {stored.shape}")
     values = torch.from_numpy(stored.astype(np.float32))[None]
-    return torch.where(values > 0, (values - 1) / 1024, torch.nan)
+    # At 1 it is infinitely far: a disparity of 0, as MTAN's form has it for "none", and no error can be relative to it.
+    return torch.where(values > 1, (values - 1) / 1024, torch.nan)
 
 
 def read_label_ids(path: Path) -> Tensor:

@@ -13,22 +13,15 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from mtl_lightning.datamodules.base import Split, SplitDataModule, check_fraction
+from mtl_lightning.datamodules.colours import Colours, Normalize, checked_colours, standardised
 from mtl_lightning.datamodules.files import BrokenFileError, Origin, file_problem, first_few
 from mtl_lightning.datamodules.joint_transforms import IGNORE_INDEX, JointTransform, LabelKind
 from mtl_lightning.datamodules.loading import EpochIndexSampler, EpochSampler, derive_seed
-from mtl_lightning.datamodules.resizing import fitted_size, pad_centred, resize_image, resize_label
+from mtl_lightning.datamodules.resizing import check_image_size, fitted_size, pad_centred, resize_image, resize_label
 from mtl_lightning.datamodules.scale_choice import ScaleChoice
-from mtl_lightning.datamodules.summaries import summarize
 
-#: How images in ``[0, 1]`` are normalised: by mean and standard deviation of ImageNet, or to ``[-1, 1]``.
-Normalize = Literal["imagenet", "symmetric"]
 #: What is done about samples with files that are missing or cut off.
 OnBroken = Literal["raise", "skip", "mask"]
-
-_MEAN_STD: dict[Normalize, tuple[tuple[float, ...], tuple[float, ...]]] = {
-    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "symmetric": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-}
 
 
 @dataclass(frozen=True)
@@ -112,7 +105,7 @@ class DenseDataset(Dataset[tuple[Tensor, dict[str, Tensor]]]):
         padded: Whether pictures keep their ratio: shrunk until they fit into ``image_size`` and centred, with zeros
             (the mean colour, where images are normalised) and missing labels around them. Else they are stretched.
         transform: The augmentation; it has to know the kind of all tasks.
-        normalize: How images are normalised; None keeps ``[0, 1]``.
+        colours: The mean and deviation by which images are normalised; None keeps ``[0, 1]``.
         seed: The seed of the augmentation.
     """
 
@@ -126,7 +119,7 @@ class DenseDataset(Dataset[tuple[Tensor, dict[str, Tensor]]]):
         image_size: tuple[int, int] | None = None,
         padded: bool = False,
         transform: JointTransform | None = None,
-        normalize: Normalize | None = None,
+        colours: Colours | None = None,
         seed: int = 0,
     ) -> None:
         self.keys = list(keys)
@@ -136,7 +129,7 @@ class DenseDataset(Dataset[tuple[Tensor, dict[str, Tensor]]]):
         self.image_size = image_size
         self.padded = padded
         self.transform = transform
-        self.normalize = normalize
+        self.colours = colours
         self.seed = seed
 
     def __len__(self) -> int:
@@ -161,9 +154,7 @@ class DenseDataset(Dataset[tuple[Tensor, dict[str, Tensor]]]):
         if self.transform is not None:
             generator = torch.Generator().manual_seed(derive_seed("augmentation", self.seed, epoch, index))
             image, labels = self.transform(image, labels, generator)
-        if self.normalize is not None:
-            mean, std = (torch.tensor(values)[:, None, None] for values in _MEAN_STD[self.normalize])
-            image = (image - mean) / std
+        image = standardised(image, self.colours)
         if self.padded and self.image_size is not None:
             around = self.image_size
             image = pad_centred(image, around, 0.0)
@@ -250,11 +241,9 @@ class DenseDataModule(SplitDataModule):
         self.specs = [specs[name] for name in check_names(tasks, specs)]
         self.tasks = tuple(tasks)
         self.root = Path(root).expanduser()
-        self.image_size = _check_size(image_size)
+        self.image_size = check_image_size(image_size)
         self.augment = augment
-        if normalize is not None and normalize not in _MEAN_STD:
-            raise ValueError(f"`normalize` should be 'imagenet', 'symmetric' or None. Found {normalize!r}.")
-        self.normalize = normalize
+        self.colours = checked_colours(normalize)
         self.val_fraction = val_fraction
         if on_broken not in get_args(OnBroken):
             raise ValueError(f"`on_broken` should be one of {', '.join(get_args(OnBroken))}. Found {on_broken!r}.")
@@ -274,6 +263,7 @@ class DenseDataModule(SplitDataModule):
 
         Raises:
             DatasetNotFoundError: If they are not all there.
+            ValueError: If all samples would be held out for validation.
         """
         if self.HAS_VAL:
             if stage in ("fit", None):
@@ -284,6 +274,10 @@ class DenseDataModule(SplitDataModule):
             keys, files = self.open_split("train")
             order = torch.randperm(len(keys), generator=self.generator("val")).tolist()
             held_out = {keys[index] for index in order[: round(self.val_fraction * len(keys))]}
+            if len(held_out) == len(keys):
+                raise ValueError(
+                    f"`val_fraction` should leave samples for training. Found {self.val_fraction} of {len(keys)}."
+                )
             self._assign("train", [key for key in keys if key not in held_out], files)
             self._assign("val", [key for key in keys if key in held_out], files)
         if stage in ("test", "predict", None):
@@ -294,9 +288,7 @@ class DenseDataModule(SplitDataModule):
         return EpochIndexSampler(dataset, seed=self.seed, num_replicas=num_replicas, rank=rank)
 
     def summary(self, num_samples: int = 16) -> str:
-        """Return sizes, shapes, ranges, shares of missing values and of classes, over some samples of each split.
-
-        What is read is what a batch holds: resized, normalised and, in training, augmented.
+        """Return the name and the place of the set, and what ``SplitDataModule.summary`` tells.
 
         Args:
             num_samples: How many samples of each split are read.
@@ -304,9 +296,7 @@ class DenseDataModule(SplitDataModule):
         Raises:
             RuntimeError: If ``setup`` has not been called.
         """
-        if not self.datasets:
-            raise RuntimeError("`setup` should be called before `summary`.")
-        return f"{self.ORIGIN.name} in {self.root}\n{summarize(self.datasets, num_samples)}"
+        return f"{self.ORIGIN.name} in {self.root}\n{super().summary(num_samples)}"
 
     def _assign(self, split: Split, keys: list[str], files: dict[str, Files]) -> None:
         if not keys:
@@ -323,7 +313,7 @@ class DenseDataModule(SplitDataModule):
             image_size=self.image_size,
             padded=self.PADDED,
             transform=ScaleChoice(kinds, scales=self.SCALES) if augment else None,
-            normalize=self.normalize,
+            colours=self.colours,
             seed=self.seed,
         )
 
@@ -387,12 +377,3 @@ def numeric(key: str) -> tuple[int, str]:
         ['1', '9', '10']
     """
     return (int(key) if key.isdecimal() else -1, key)
-
-
-def _check_size(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
-    if size is None:
-        return None
-    height, width = (size, size) if isinstance(size, int) else size
-    if height < 1 or width < 1:
-        raise ValueError(f"`image_size` should be at least 1 pixel high and wide. Found {size}.")
-    return height, width

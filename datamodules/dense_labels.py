@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mtl_lightning.datamodules.files import BrokenFileError, read_array
+from mtl_lightning.datamodules.files import BrokenFileError, read_array, read_colours
 from mtl_lightning.datamodules.joint_transforms import IGNORE_INDEX
 
 # Vectors that data sets store have length one; PNG files write "none" as grey, which decodes to a length of 0.01.
@@ -24,7 +24,7 @@ def read_image(path: Path) -> Tensor:
     Raises:
         BrokenFileError: If it is no whole image, or has values out of its range.
     """
-    array = read_array(path)
+    array = read_array(path) if path.suffix == ".npy" else read_colours(path)
     floats = array.dtype.kind == "f"
     if array.ndim == 2:
         array = np.repeat(array[:, :, None], 3, axis=2)
@@ -108,9 +108,11 @@ def read_mask(path: Path) -> Tensor:
     """Return the map of 0 and 1 at ``path``, stored so or as 0 to 255; float32, shape ``(1, H, W)``, ends included.
 
     Raises:
-        BrokenFileError: If it holds no such map.
+        BrokenFileError: If it holds no such map, or other numbers.
     """
     mask = _as_map(path, read_array(path), 1)
+    if (mask < 0).any() or (mask > 255).any():
+        raise BrokenFileError.of(path, "numbers from 0 to 255", f"{mask.min():.4g} to {mask.max():.4g}")
     return mask / 255 if mask.max() > 1 else mask  # arrays and pictures come in both forms: only the values tell
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import lzma
 import os
 import shutil
 import stat
@@ -63,12 +64,19 @@ def download_file(url: str, path: str | Path, *, digest: str, licence: str, algo
     Raises:
         ValueError: If the checksum is wrong, of what was fetched or of the file that is there.
         OSError: If the address cannot be read.
+        PermissionError: If the folder cannot be written to.
     """
     path = Path(path)
     if path.exists():
         check_digest(path, digest, algorithm)
         return path
     rank_zero_info(f"Downloading {url} to {path}. Licence: {licence}")
+    nearest = next(folder for folder in path.absolute().parents if folder.exists())
+    if not os.access(nearest, os.W_OK):
+        raise PermissionError(
+            f"{path.parent} should be a folder that can be written to. Found {nearest} read-only. Pass another `root`, "
+            f"or put what {url} holds there by hand."
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
         part = Path(folder) / path.name
@@ -136,6 +144,14 @@ def _members(archive: Path) -> Iterator[tuple[tuple[str, ...], IO[bytes] | None]
         for member in tar:
             parts = _checked_parts(archive, member.name, member.isreg() or member.isdir())
             yield parts, None if member.isdir() else tar.extractfile(member)
+        # Reading to the end checks the sum of what was compressed, too.
+        tar.fileobj.seek(tar.offset)
+        rest = tar.fileobj.read(tarfile.BLOCKSIZE)
+        while tar.fileobj.read(_CHUNK):
+            pass
+        # `tarfile` takes any block that it does not understand for the end, and a missing one as well.
+        if rest != bytes(tarfile.BLOCKSIZE):
+            raise tarfile.ReadError("it ends without its end mark")
 
 
 def _checked_parts(archive: Path, name: str, is_plain: bool) -> tuple[str, ...]:
@@ -153,7 +169,9 @@ def _checked_parts(archive: Path, name: str, is_plain: bool) -> tuple[str, ...]:
 def _damage_named(archive: Path) -> Iterator[None]:
     try:
         yield
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error) as error:
+    except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, lzma.LZMAError, RuntimeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # of the disk; decompressors raise it without
+            raise
         raise ValueError(
             f"{archive} should be a whole .zip or .tar archive. Found: {error}. Delete it and fetch it again."
         ) from error

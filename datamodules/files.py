@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 
 _SHOWN = 5
 _NPY = b"\x93NUMPY"
+_NPY_ERRORS = (ValueError, EOFError, TokenError)  # the last of a damaged header, which is Python text
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_END = b"IEND\xaeB`\x82"
 _JPEG, _JPEG_END = b"\xff\xd8", b"\xff\xd9"
@@ -30,8 +32,8 @@ class BrokenFileError(ValueError):
     def of(cls, path: Path, expected: str, found: str) -> BrokenFileError:
         """Return the error of the file at ``path``."""
         return cls(
-            f"{path} should hold {expected}. Found {found}. Fetch it again; on_broken='skip' leaves out files that are "
-            "cut off."
+            f"{path} should hold {expected}. Found {found}. Fetch it again; where a data module has `on_broken`, "
+            "'skip' leaves out files that are cut off."
         )
 
 
@@ -90,13 +92,26 @@ def read_lines(path: Path, origin: Origin) -> list[str]:
 
     Raises:
         DatasetNotFoundError: If there is no such list, or nothing in it.
+        BrokenFileError: If it is no text in UTF-8.
     """
-    # Opened as text, for which the ends of lines may be CR, LF or both.
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    lines = read_text(path).splitlines() if path.is_file() else []
     keys = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
     if not keys:
         raise origin.not_found(f"`root` should hold the list {path}. Found {'none' if not lines else 'it empty'}")
     return keys
+
+
+def read_text(path: Path) -> str:
+    """Return the text at ``path``, in UTF-8 on any machine; the ends of lines, CR, LF or both, become LF.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        BrokenFileError: If it is no such text.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")  # editors may put a mark before the first line
+    except UnicodeDecodeError as error:
+        raise BrokenFileError.of(path, "a text in UTF-8", str(error)) from error
 
 
 def read_numpy(path: Path) -> NDArray[Any]:
@@ -113,7 +128,7 @@ def read_numpy(path: Path) -> NDArray[Any]:
         raise BrokenFileError.of(path, "a NumPy array", found)
     try:
         array = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as error:
+    except _NPY_ERRORS as error:
         found = "pickled Python objects, which are never read" if "allow_pickle" in str(error) else str(error)
         raise BrokenFileError.of(path, "a NumPy array of numbers", found) from error
     if array.dtype.kind not in "biuf":
@@ -131,16 +146,34 @@ def read_pixels(path: Path) -> NDArray[np.int32] | NDArray[np.float32]:
         FileNotFoundError: If there is no such file.
         BrokenFileError: If the file is cut off, or no picture.
     """
+    pixels = _decoded(path, in_colours=False)
+    return pixels.astype(np.float32) if pixels.dtype.kind == "f" else pixels.astype(np.int32)
+
+
+def read_colours(path: Path) -> NDArray[np.uint8]:
+    """Return the picture at ``path`` in colours, uint8, shape ``(H, W, 3)``, also of a palette, in CMYK or in grey.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        BrokenFileError: If the file is cut off, no picture, or has more than 8 bits.
+    """
+    return _decoded(path, in_colours=True)
+
+
+def _decoded(path: Path, *, in_colours: bool) -> NDArray[Any]:
     with path.open("rb"):  # a missing or locked file keeps its own error
         pass
     from PIL import Image
 
     try:
         with Image.open(path) as image:
-            pixels = np.asarray(image)
+            if in_colours and image.mode[0] in "IF":  # whole numbers of 16 or 32 bits, or floats
+                raise BrokenFileError.of(path, "a picture of 8 bits", f"mode {image.mode}")
+            return np.array(image.convert("RGB") if in_colours else image)
+    except BrokenFileError:
+        raise
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         raise BrokenFileError.of(path, "a whole picture", str(error)) from error
-    return pixels.astype(np.float32) if pixels.dtype.kind == "f" else pixels.astype(np.int32)
 
 
 def read_mat(path: Path, key: str) -> NDArray[Any]:
@@ -186,7 +219,7 @@ def file_problem(path: Path) -> str | None:
         if size == 0:
             return "it is empty"
         with path.open("rb") as file:
-            check = {".npy": _npy_problem, ".mat": _mat_problem}.get(path.suffix)
+            check = {".npy": _npy_problem, ".mat": _mat_problem}.get(path.suffix.lower())
             if check is not None:
                 return check(file, size)
             head = file.read(len(_PNG))
@@ -194,13 +227,12 @@ def file_problem(path: Path) -> str | None:
             tail = file.read()
     except FileNotFoundError:
         return "it is missing"
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, *_NPY_ERRORS) as error:
         return str(error)
-    if path.suffix == ".png" and not (head == _PNG and _PNG_END in tail):
-        return "it is no whole PNG file"
-    if path.suffix in (".jpg", ".jpeg") and not (head[:2] == _JPEG and _JPEG_END in tail):
-        return "it is no whole JPEG file"
-    return None
+    # By its beginning, as decoders go: some sets have PNG files under the name of the other, and the reverse.
+    if head == _PNG or head[:2] == _JPEG:
+        return None if (_PNG_END if head == _PNG else _JPEG_END) in tail else "it is cut off"
+    return "it is no PNG or JPEG file" if path.suffix.lower() in (".png", ".jpg", ".jpeg") else None
 
 
 def _npy_problem(file: Any, size: int) -> str | None:

@@ -63,19 +63,25 @@ def enlarge_label(label: Tensor, kind: LabelKind, crop: Crop) -> Tensor:
     scale = (size[0] / height + size[1] / width) / 2
     # Interpolation would invent classes, widen edges to ramps, and put surfaces in the air between near and far ones.
     if kind not in ("values", "normal", "fixed"):
-        nearest = _nearest(window, size)
+        nearest = nearest_pixels(window, size)
         factor = {"depth": 1 / scale, "disparity": scale, "curvature": scale}.get(kind)
         return nearest if factor is None else nearest * factor
     return _enlarge_values(window, size, unit=kind == "normal")
 
 
-def _nearest(window: Tensor, size: tuple[int, int]) -> Tensor:
+def nearest_pixels(values: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return ``values``, shape ``(..., h, w)``, at height and width ``size``: each pixel is the nearest there was.
+
+    Example:
+        >>> nearest_pixels(torch.tensor([[1, 2, 3]]), (1, 6)).tolist()
+        [[1, 1, 2, 2, 3, 3]]
+    """
     rows, columns = (
         ((torch.arange(new) + 0.5) * (old / new)).floor().long().clamp(max=old - 1)
-        for new, old in zip(size, window.shape[-2:], strict=True)
+        for new, old in zip(size, values.shape[-2:], strict=True)
     )
     # Two selections of whole rows and columns are several times faster than one by a grid of indices.
-    return window.index_select(-2, rows).index_select(-1, columns)
+    return values.index_select(-2, rows).index_select(-1, columns)
 
 
 def _enlarge_values(window: Tensor, size: tuple[int, int], *, unit: bool) -> Tensor:
@@ -93,7 +99,7 @@ def _enlarge_values(window: Tensor, size: tuple[int, int], *, unit: bool) -> Ten
         share = interpolate(valid.to(maps.dtype), size, mode="bilinear", align_corners=False)
         resized = resized / share.clamp(min=1e-12)
     if not whole:
-        resized = torch.where(_nearest(valid, size), resized, _nearest(maps, size))
+        resized = torch.where(nearest_pixels(valid, size), resized, nearest_pixels(maps, size))
     return resized.reshape(*window.shape[:-2], *size)
 
 

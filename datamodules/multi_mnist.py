@@ -98,7 +98,7 @@ class MultiMNISTDataModule(SplitDataModule):
         check_at_least("num_test", num_test, 1)
         check_fraction("val_fraction", val_fraction)
         self.variant = variant
-        self.root = Path(root)
+        self.root = Path(root).expanduser()
         self.download = download
         self.num_train = num_train
         self.num_val = num_val

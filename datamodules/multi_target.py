@@ -15,7 +15,6 @@ from torchmetrics import MetricCollection
 from mtl_lightning.datamodules.arff import Attribute, Table, read_arff
 from mtl_lightning.datamodules.base import Split, SplitDataModule, check_fraction
 from mtl_lightning.datamodules.files import Origin
-from mtl_lightning.datamodules.summaries import summarize
 from mtl_lightning.datamodules.tabular import Floats, Scaling, SplitRule, TableDataset, one_hot, split_rows
 from mtl_lightning.datamodules.target_errors import RelativeRootMeanSquaredError, ScaledMeanAbsoluteError
 from mtl_lightning.losses import MaskedMSELoss
@@ -151,7 +150,7 @@ class MultiTargetDataModule(SplitDataModule):
                 f"Found {val_fraction} and {test_fraction}."
             )
         self.table_name = name
-        self.root = None if root is None else Path(root)
+        self.root = None if root is None else Path(root).expanduser()
         self.missing = missing
         self.split = split
         self.fractions: dict[Split, float] = {"val": val_fraction, "test": test_fraction}
@@ -252,10 +251,6 @@ class MultiTargetDataModule(SplitDataModule):
                 if split in rows
                 else None
             )
-
-    def summary(self) -> str:
-        """Return a text on sizes, ranges and missing values; call ``setup`` first."""
-        return summarize(self.datasets)
 
     def _target_attributes(self, table: Table) -> Sequence[Attribute]:
         return table.attributes[self.SHAPES[self.table_name].num_features :]

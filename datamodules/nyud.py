@@ -10,12 +10,12 @@ from typing import Literal
 from torch import Tensor
 
 from mtl_lightning.datamodules.base import Split
+from mtl_lightning.datamodules.colours import Normalize
 from mtl_lightning.datamodules.dense import (
     DenseDataModule,
     DenseTask,
     Files,
     Folder,
-    Normalize,
     OnBroken,
     check_names,
 )
@@ -151,6 +151,11 @@ class NYUDDataModule(DenseDataModule):
         Raises:
             DatasetNotFoundError: If there is no such list in ``root``, or none of the three forms is recognised.
         """
+        if (self.root / "train" / "image").is_dir():
+            raise self.ORIGIN.not_found(
+                f"`root` should hold gt_sets/. Found NYUv2 in the form of MTAN in {self.root}, with train/image/, "
+                "which `NYUv2DataModule` reads"
+            )
         keys = read_lines(self.root / "gt_sets" / f"{'train' if split == 'train' else 'val'}.txt", self.ORIGIN)
         form = self._form()
         background = 0 if self.num_classes == 41 else 1

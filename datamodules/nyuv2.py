@@ -10,12 +10,12 @@ from typing import Literal
 from torch import Tensor
 
 from mtl_lightning.datamodules.base import Split
+from mtl_lightning.datamodules.colours import Normalize
 from mtl_lightning.datamodules.dense import (
     DenseDataModule,
     DenseTask,
     Files,
     Folder,
-    Normalize,
     OnBroken,
     check_names,
 )
@@ -130,6 +130,11 @@ class NYUv2DataModule(DenseDataModule):
         Raises:
             DatasetNotFoundError: If there is no such folder in ``root``.
         """
+        if (self.root / "gt_sets").is_dir():
+            raise self.ORIGIN.not_found(
+                f"`root` should hold the form of MTAN. Found that of NYUD-v2 in {self.root}, with gt_sets/, which "
+                "`NYUDDataModule` reads"
+            )
         folder = "train" if split == "train" else "val"
         files = {
             field: Folder(self.root / folder / _FIELDS[field][0], ".npy", _FIELDS[field][1])

@@ -9,20 +9,18 @@ from typing import Literal, NamedTuple
 import torch
 
 from mtl_lightning.datamodules.base import Split, check_fraction
+from mtl_lightning.datamodules.colours import Normalize, checked_colours
 from mtl_lightning.datamodules.combined import CombinedMode, PerTaskDataModule, PerTaskDataset
-from mtl_lightning.datamodules.files import BrokenFileError, Origin
+from mtl_lightning.datamodules.files import BrokenFileError, Origin, read_text
 from mtl_lightning.datamodules.label_tasks import class_task
 from mtl_lightning.datamodules.pictures import (
-    Normalize,
     OnBroken,
     PictureFiles,
-    check_image_size,
     check_on_broken,
-    checked_colours,
     picture_augmentation,
     without_broken,
 )
-from mtl_lightning.datamodules.summaries import summarize
+from mtl_lightning.datamodules.resizing import check_image_size
 from mtl_lightning.task import Task
 
 Variant = Literal["office-31", "office-home"]
@@ -154,8 +152,8 @@ class OfficeDataModule(PerTaskDataModule):
             )
         check_on_broken(on_broken)
         self.variant: Variant = variant
-        self.root = Path(root)
-        self.splits = None if splits is None else Path(splits)
+        self.root = Path(root).expanduser()
+        self.splits = None if splits is None else Path(splits).expanduser()
         self.image_size = check_image_size(image_size)
         self.augment = augment
         self.colours = checked_colours(normalize)
@@ -198,10 +196,6 @@ class OfficeDataModule(PerTaskDataModule):
                 transform=picture_augmentation if self.augment and split == "train" else None,
                 seed=self.seed,
             )
-
-    def summary(self) -> str:
-        """Return a text on sizes, ranges and missing labels; call ``setup`` first."""
-        return summarize(self.datasets)
 
     def _pictures(self, samples: Sequence[tuple[Path, int]]) -> PictureFiles:
         kept = without_broken([path for path, _ in samples], self.on_broken).tolist()
@@ -289,15 +283,20 @@ class OfficeDataModule(PerTaskDataModule):
     def _entries(self, path: Path, domain: str) -> list[tuple[str, int]]:
         """Return the paths, below the folder of the domain, and labels of a list."""
         entries = []
-        for number, line in enumerate(path.read_text().splitlines(), start=1):
+        for number, line in enumerate(read_text(path).splitlines(), start=1):
             # The last space: names of folders may have some. And the last line may lack its end.
             name, _, label = line.rstrip().rpartition(" ")
             if not line.strip():
                 continue
             folder, _, rest = name.partition("/")
-            if folder not in OFFICE[self.variant].domains[domain] or not rest or ".." in Path(rest).parts:
+            if (
+                folder not in OFFICE[self.variant].domains[domain]
+                or not rest
+                or Path(rest).is_absolute()
+                or ".." in Path(rest).parts
+            ):
                 raise BrokenFileError.of(path, f"a path in {domain}/ and a label in line {number}", repr(line))
-            if not label.isdigit() or int(label) >= self.num_classes:
+            if not label.isdecimal() or int(label) >= self.num_classes:
                 raise BrokenFileError.of(path, f"a label in [0, {self.num_classes}) in line {number}", repr(label))
             entries.append((rest, int(label)))
         return entries

@@ -9,12 +9,12 @@ from pathlib import Path
 from torch import Tensor
 
 from mtl_lightning.datamodules.base import Split
+from mtl_lightning.datamodules.colours import Normalize
 from mtl_lightning.datamodules.dense import (
     DenseDataModule,
     DenseTask,
     Files,
     Folder,
-    Normalize,
     OnBroken,
     check_names,
 )

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from mtl_lightning.datamodules.files import BrokenFileError, file_problem, first_few
+from mtl_lightning.datamodules.colours import Colours, standardised
+from mtl_lightning.datamodules.files import file_problem, first_few, read_colours
 from mtl_lightning.datamodules.joint_transforms import JointTransform
 from mtl_lightning.datamodules.resizing import resize_image
 
-Colours = tuple[tuple[float, float, float], tuple[float, float, float]]
-Normalize = Literal["imagenet", "symmetric"]
-#: Mean and deviation of the three colours, in [0, 1], by name: ImageNet's, and those that make [-1, 1] of them.
-COLOURS: Mapping[str, Colours] = {
-    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "symmetric": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-}
 OnBroken = Literal["raise", "skip"]
 
 
@@ -31,18 +24,9 @@ def read_picture(path: Path) -> Tensor:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        BrokenFileError: If it is cut off, or no picture.
+        BrokenFileError: If it is cut off, no picture, or has more than 8 bits.
     """
-    with path.open("rb"):  # a missing or locked file keeps its own error
-        pass
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            pixels = np.array(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise BrokenFileError.of(path, "a whole picture", str(error)) from error
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+    return torch.from_numpy(read_colours(path)).permute(2, 0, 1)
 
 
 def prepare_picture(pixels: Tensor, image_size: tuple[int, int] | None, colours: Colours | None) -> Tensor:
@@ -55,42 +39,12 @@ def prepare_picture(pixels: Tensor, image_size: tuple[int, int] | None, colours:
     image = pixels.float() / 255
     if image_size is not None:
         image = resize_image(image, image_size)
-    if colours is None:
-        return image
-    mean, std = (torch.tensor(values)[:, None, None] for values in colours)
-    return (image - mean) / std
+    return standardised(image, colours)
 
 
 def picture_augmentation(image: Tensor, generator: torch.Generator) -> Tensor:
     """Return ``image``, shape ``(3, H, W)``, half the time mirrored, and a crop of it, enlarged 1 to 1.25 times."""
     return JointTransform({}, flip=0.5, max_scale=1.25)(image, {}, generator)[0]
-
-
-def check_image_size(image_size: int | tuple[int, int] | None) -> tuple[int, int] | None:
-    """Return ``image_size`` as height and width, of which a single number stands for both; None remains.
-
-    Raises:
-        ValueError: If a side is less than 1.
-    """
-    if image_size is None:
-        return None
-    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-    if height < 1 or width < 1:
-        raise ValueError(f"`image_size` should be at least 1 pixel high and wide, or None. Found {image_size}.")
-    return height, width
-
-
-def checked_colours(normalize: str | None, choices: Mapping[str, Colours] = COLOURS) -> Colours | None:
-    """Return the mean and deviation that ``normalize`` names; None for None.
-
-    Raises:
-        ValueError: If it is not among the choices.
-    """
-    if normalize is None:
-        return None
-    if normalize not in choices:
-        raise ValueError(f"`normalize` should be one of {', '.join(choices)}, or None. Found {normalize!r}.")
-    return choices[normalize]
 
 
 def check_on_broken(on_broken: str) -> None:

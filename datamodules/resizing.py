@@ -6,7 +6,21 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
-from mtl_lightning.datamodules.joint_transforms import LabelKind, missing_like
+from mtl_lightning.datamodules.joint_transforms import LabelKind, missing_like, nearest_pixels
+
+
+def check_image_size(image_size: int | tuple[int, int] | None) -> tuple[int, int] | None:
+    """Return ``image_size`` as height and width, of which a single number stands for both; None remains.
+
+    Raises:
+        ValueError: If a side is less than 1.
+    """
+    if image_size is None:
+        return None
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    if height < 1 or width < 1:
+        raise ValueError(f"`image_size` should be at least 1 pixel high and wide, or None. Found {image_size}.")
+    return height, width
 
 
 def resize_image(image: Tensor, size: tuple[int, int]) -> Tensor:
@@ -32,12 +46,12 @@ def resize_label(label: Tensor, kind: LabelKind, size: tuple[int, int]) -> Tenso
     if label.shape[-2:] == size:
         return label
     if kind not in ("values", "normal", "fixed"):
-        return _nearest(label, size)
+        return nearest_pixels(label, size)
     valid = ~label.isnan().any(0, keepdim=True)
     if kind == "normal":
         valid &= (label != 0).any(0, keepdim=True)  # not the sum, in which components cancel
     resized = resize_image(torch.where(valid, label, 0), size)
-    kept = _nearest(valid, size)
+    kept = nearest_pixels(valid, size)
     if kind == "normal":
         length = resized.square().sum(0, keepdim=True).sqrt()  # many times faster than `norm`
         kept &= length > 1e-6  # opposite normals may cancel, and then there is no direction
@@ -62,11 +76,3 @@ def pad_centred(values: Tensor, size: tuple[int, int], fill: float) -> Tensor:
     """Return ``values``, shape ``(..., H, W)``, in the middle of a map of height and width ``size`` of ``fill``."""
     down, right = size[0] - values.shape[-2], size[1] - values.shape[-1]
     return pad(values, (right // 2, right - right // 2, down // 2, down - down // 2), value=fill)
-
-
-def _nearest(values: Tensor, size: tuple[int, int]) -> Tensor:
-    rows, columns = (
-        ((torch.arange(new) + 0.5) * (old / new)).floor().long().clamp(max=old - 1)
-        for new, old in zip(size, values.shape[-2:], strict=True)
-    )
-    return values.index_select(-2, rows).index_select(-1, columns)

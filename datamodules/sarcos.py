@@ -12,7 +12,6 @@ import numpy.typing as npt
 
 from mtl_lightning.datamodules.base import Split, SplitDataModule, check_fraction
 from mtl_lightning.datamodules.files import BrokenFileError, Origin, read_mat, read_numpy
-from mtl_lightning.datamodules.summaries import summarize
 from mtl_lightning.datamodules.tabular import Floats, Scaling, TableDataset, split_rows
 
 _ORIGIN = Origin(
@@ -30,10 +29,10 @@ class SarcosDataModule(SplitDataModule):
     A batch is ``(inputs, {task: torques})``, float32, of shapes ``(B, 21)`` and ``(B, 1)``, standardised by mean and
     deviation of the training rows. Tasks with losses and metrics are those of ``multi_target_tasks``.
 
-    ``prepare_data`` turns the MATLAB files into ``.npy`` beside them; from then on scipy is not needed. The following
-    is as generally described, and was not checked against the files: 44,484 training rows in the variable
-    ``sarcos_inv`` and 4,449 test rows in ``sarcos_inv_test``, of which nearly all are among the training rows as well.
-    Training rows that equal a test row are therefore left out by default.
+    ``prepare_data`` turns the MATLAB files into ``.npy`` beside them, if the folder can be written to; from then on
+    scipy is not needed. The following is as generally described, and was not checked against the files: 44,484 training
+    rows in the variable ``sarcos_inv`` and 4,449 test rows in ``sarcos_inv_test``, of which nearly all are among the
+    training rows as well. Training rows that equal a test row are therefore left out by default.
 
     Args:
         root: The folder of the files.
@@ -77,7 +76,7 @@ class SarcosDataModule(SplitDataModule):
             raise ValueError(
                 f"`tasks` should hold at least one of {', '.join(self.TASKS)}, each once. Found {list(self.tasks)}."
             )
-        self.root = Path(root)
+        self.root = Path(root).expanduser()
         self.exclude_test_rows = exclude_test_rows
         self.val_fraction = val_fraction
         self.num_excluded: int | None = None
@@ -95,17 +94,20 @@ class SarcosDataModule(SplitDataModule):
         return dict(self._scales)
 
     def prepare_data(self) -> None:
-        """Write the tables of the MATLAB files as ``.npy``, unless they are there.
+        """Write the tables of the MATLAB files as ``.npy``, unless they are there or the folder is read-only.
 
         Raises:
             ValueError: If a file is damaged.
         """
         for stem in self.FILES.values():
             source, target = self.root / f"{stem}.mat", self.root / f"{stem}.npy"
-            if source.is_file() and not target.exists():
+            if source.is_file() and not target.exists() and os.access(self.root, os.W_OK):
                 part = self.root / f".{stem}-{os.getpid()}.npy"
-                np.save(part, _checked(source, read_mat(source, stem)))
-                os.replace(part, target)
+                try:
+                    np.save(part, _checked(source, read_mat(source, stem)))
+                    os.replace(part, target)
+                finally:
+                    part.unlink(missing_ok=True)
 
     def setup(self, stage: str | None = None) -> None:
         """Read, split and standardise the tables.
@@ -140,12 +142,19 @@ class SarcosDataModule(SplitDataModule):
             scaled = scaling.apply(part)
             self.datasets[split] = TableDataset(scaled[:, : self.NUM_FEATURES], scaled[:, columns], self.tasks)
 
-    def summary(self) -> str:
-        """Return a text on sizes, ranges and missing values; call ``setup`` first."""
-        return f"{summarize(self.datasets)}\n{self.num_excluded} training rows left out that are in the test file"
+    def summary(self, num_samples: int = 32) -> str:
+        """Return what ``SplitDataModule.summary`` tells, and how many training rows were left out.
+
+        Args:
+            num_samples: How many samples of each split are read.
+
+        Raises:
+            RuntimeError: If ``setup`` has not been called.
+        """
+        return f"{super().summary(num_samples)}\n{self.num_excluded} training rows left out that are in the test file"
 
     def _read(self, stem: str) -> Floats:
-        array, table = self.root / f"{stem}.npy", self.root / f"{stem}.csv"
+        array, table, matlab = self._places(stem)
         if array.is_file():
             return _checked(array, read_numpy(array))
         if table.is_file():
@@ -153,9 +162,13 @@ class SarcosDataModule(SplitDataModule):
                 return _checked(table, np.loadtxt(table, delimiter=",", ndmin=2))
             except ValueError as error:
                 raise BrokenFileError.of(table, "numbers separated by commas", str(error)) from error
-        missing = [f"{stem}.npy" for stem in self.FILES.values() if not (self.root / f"{stem}.npy").exists()]
-        hint = "; `prepare_data` makes .npy of .mat" if (self.root / f"{stem}.mat").exists() else ""
-        raise _ORIGIN.not_found(f"Found neither {array} nor {table.name}{hint}", missing)
+        if matlab.is_file():
+            return _checked(matlab, read_mat(matlab, stem))
+        missing = [f"{stem}.npy" for stem in self.FILES.values() if not any(map(Path.is_file, self._places(stem)))]
+        raise _ORIGIN.not_found(f"Found none of {', '.join(map(str, self._places(stem)))}", missing)
+
+    def _places(self, stem: str) -> tuple[Path, Path, Path]:
+        return self.root / f"{stem}.npy", self.root / f"{stem}.csv", self.root / f"{stem}.mat"
 
 
 def _checked(path: Path, table: npt.NDArray[Any]) -> Floats:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from mtl_lightning.datamodules.base import Split
 from mtl_lightning.datamodules.joint_transforms import IGNORE_INDEX
+
+if TYPE_CHECKING:
+    from mtl_lightning.datamodules.base import Split
 
 _MOST_CLASSES = 12
 
@@ -18,8 +20,8 @@ _MOST_CLASSES = 12
 def summarize(datasets: Mapping[Split, Dataset[Any] | None], num_samples: int = 32) -> str:
     """Return a text: the sizes of the splits, and of ``num_samples`` of each what inputs and labels look like.
 
-    The samples are spread evenly over the split. Of each tensor it says shape, dtype, range and share of missing
-    values, and of integers, which are class labels, the share of each class.
+    The samples are drawn from the split, always the same ones. Of each tensor it says shape, dtype, range and share of
+    missing values, and of integers, which are class labels, the share of each class.
 
     Args:
         datasets: Data sets of ``(input, {task: label})``, by split; None for a split that is left out.
@@ -40,7 +42,9 @@ def summarize(datasets: Mapping[Split, Dataset[Any] | None], num_samples: int = 
             continue
         total = len(dataset)  # type: ignore[arg-type]
         count = min(num_samples, total)
-        samples = [dataset[index * total // count] for index in range(count)]
+        # Not at even distances: where the tasks take turns, these would all be of the same one.
+        drawn = torch.randperm(total, generator=torch.Generator().manual_seed(0))[:count].sort().values
+        samples = [dataset[index] for index in drawn.tolist()]
         lines.append(f"{split}: {total:,} samples, {count} of them read")
         lines.append("  inputs: " + _describe([inputs for inputs, _ in samples], is_label=False))
         lines += [

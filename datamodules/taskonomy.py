@@ -20,17 +20,17 @@ from torch.nn.functional import conv1d, pad
 from torchmetrics import Metric, MetricCollection
 
 from mtl_lightning.datamodules.base import Split
+from mtl_lightning.datamodules.colours import Normalize
 from mtl_lightning.datamodules.dense import (
     DenseDataModule,
     DenseTask,
     Files,
-    Normalize,
     OnBroken,
     check_names,
 )
 from mtl_lightning.datamodules.dense_labels import read_classes, read_image
 from mtl_lightning.datamodules.dense_tasks import dense_task
-from mtl_lightning.datamodules.files import BrokenFileError, Origin, first_few, read_pixels
+from mtl_lightning.datamodules.files import BrokenFileError, Origin, first_few, read_pixels, read_text
 from mtl_lightning.losses import MaskedL1Loss, MaskedMSELoss
 from mtl_lightning.metrics import MaskedMeanAbsoluteError, MaskedMeanSquaredError
 from mtl_lightning.task import Task
@@ -389,8 +389,7 @@ def read_buildings(path: Path, origin: Origin) -> dict[Split, list[str]]:
         ValueError: If the list is of another form.
     """
     # As text with any ends of lines: those of the published lists are a bare CR.
-    with path.open(encoding="utf-8", newline=None) as file:
-        rows = list(csv.DictReader(file))
+    rows = list(csv.DictReader(read_text(path).splitlines(), restval=""))
     splits: tuple[Split, ...] = ("train", "val", "test")
     if not rows or not {"id", *splits} <= rows[0].keys():
         raise BrokenFileError.of(path, "the columns id, train, val and test", ", ".join(rows[0] if rows else ["none"]))

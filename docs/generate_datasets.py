@@ -51,6 +51,8 @@ gives tasks with their losses and metrics, ready for a module:
 ```python
 data = NYUv2DataModule(root="data/nyuv2", augment=True, batch_size=8)
 tasks = nyuv2_tasks(["segmentation", "depth", "normal"])
+data.prepare_data()
+data.setup("fit")
 print(data.summary())   # sizes, shapes, ranges, missing values, class shares
 ```
 
@@ -63,7 +65,7 @@ the address and the licence. NumPy files with pickles are refused, cut-off files
 leaves such samples out. Sets whose tasks have samples of their own (CIFAR-100, Office) mix them in every batch in equal
 parts; with loaders of your own in a `CombinedLoader`, let `unpack_batch` return `combine_batches(batch)`.
 
-Throughput of the dense sets, milliseconds per sample, with where they go:
+Throughput of the dense sets, milliseconds per sample, with where they go; each column is the difference of two timings:
 
 THROUGHPUT
 """

@@ -40,7 +40,8 @@ class FAMO(LossWeighting):
     Args:
         lr: The learning rate of the logits, whose optimiser is an Adam of their own. The default is the one of the
             official code.
-        weight_decay: Their weight decay, which draws the weights towards equal ones. The official code has 0.01.
+        weight_decay: Their weight decay, which draws the weights towards equal ones. The example in the official code
+            has 0.01.
         minimum: A lower bound ``b_t`` of each loss, finite and not negative: by task name, with zero for those that are
             not named, or one per task in their order.
 
@@ -118,8 +119,9 @@ class DynamicTaskPrioritization(LossWeighting):
     Args:
         indicators: By task name, a function from the prediction and the target of a batch to the indicator, such as
             ``torchmetrics.functional.accuracy`` with its options bound. It should mean the same in all batches, as
-            averages over labels do. For tasks that are not named it is ``exp(-f_t)``: of a cross entropy, the geometric
-            mean of the probabilities of the true classes. That choice is ours.
+            averages over labels do; where it is NaN the average stays. For tasks that are not named it is
+            ``exp(-f_t)``: of a cross entropy, the geometric mean of the probabilities of the true classes. That choice
+            is ours, and needs losses that are not negative: below zero the weight is zero.
         gamma: The exponent, not negative; the larger, the less easy tasks count. The default is ours.
         decay: The weight of the new value in the moving average, in (0, 1]. The default is ours.
         floor: Smaller indicators count as this much, in (0, 1): the weight grows beyond all bounds at zero. The default
@@ -187,7 +189,9 @@ class DynamicTaskPrioritization(LossWeighting):
                 f"`indicators` should have the shape of `losses`, {tuple(losses.shape)}. "
                 f"Found {tuple(indicators.shape)}."
             )
-        values = torch.where(indicators.isnan(), (-losses).exp(), indicators).to(self.average).clamp(0.0, 1.0)
+        without = torch.tensor([name not in self.indicators for name in self.task_names], device=losses.device)
+        values = torch.where(without[columns] & indicators.isnan(), (-losses).exp(), indicators)
+        values = values.to(self.average).clamp(0.0, 1.0)
         average = self.average[columns]
         average = torch.where(average.isnan(), values, average + self.decay * (values - average))
         self.average[columns] = torch.where(values.isnan(), self.average[columns], average)

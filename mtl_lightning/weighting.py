@@ -6,7 +6,8 @@ What it learns of the run are buffers and parameters, so that checkpoints hold t
 - ``Equal`` and ``Fixed``: no state; what all others are to be compared with, at several learning rates.
 - ``ScaleInvariant`` and ``GeometricMean``: no state, and the unit of a loss does not matter. Losses should be positive.
 - ``Uncertainty`` and ``IMTLLoss``: one number per task, learned with the network; slowly, they even out the scales too.
-- ``DynamicWeightAverage``: by how fast each loss falls from epoch to epoch.
+  Losses should not be negative.
+- ``DynamicWeightAverage``: by how fast each loss falls from epoch to epoch. Losses should not be negative.
 - ``RandomWeights``: random in every step; what a weighting that follows the losses has to beat.
 - ``Scalarized``: any scalarisation with a preference vector, such as smooth Chebyshev.
 - ``mtl_lightning.adaptive_weighting``: those that ask for more than the losses of a step.
@@ -37,7 +38,7 @@ from mtl_lightning.scalarization import Scalarization, SmoothChebyshev
 from mtl_lightning.seeds import mix_seed
 
 EPSILON = 1e-8  # losses below it count as this much where their logarithm or inverse is taken
-Indicator = Callable[[Tensor, Tensor], Tensor]
+Indicator = Callable[[Tensor, Tensor], Tensor | float]
 Columns = slice | list[int]
 
 
@@ -67,7 +68,7 @@ class LossWeighting(ExactState):
 
     Attributes:
         task_names: The names of the ``T`` tasks, empty before :meth:`resolve`.
-        needs_positive_losses: Whether a negative loss has no meaning. Those below 1e-8 count as 1e-8, without a slope.
+        needs_positive_losses: Whether a negative loss has no meaning; modules refuse one then. Zero is allowed.
         needs_losses_after_step: Whether :meth:`observe_step` is to be called. It costs a forward pass per step.
         needs_gradient_norms: Whether :meth:`observe_gradients` is to be called. It costs a gradient per task and step.
         layer: The name of the module of the network in whose parameters those gradients are taken, or ``None`` for the
@@ -212,7 +213,7 @@ class ScaleInvariant(LossWeighting):
     """The sum of the logarithms of the losses, ``sum_t log f_t``; a baseline of Navon et al. (2022).
 
     A task's part of the gradient, ``grad f_t / f_t``, does not depend on the unit of its loss. Losses should be
-    positive.
+    positive; those below 1e-8 count as 1e-8, without a slope.
 
     Example:
         >>> weighting = ScaleInvariant()
@@ -232,7 +233,8 @@ class GeometricMean(LossWeighting):
     """The geometric mean of the losses, ``(prod_t f_t)^(1/T)`` (GLS; Chennupati et al., 2019).
 
     It has the direction of :class:`ScaleInvariant`, and a length that shrinks with the losses. Losses should be
-    positive. The mean is over the tasks that have a loss. The paper's focus on chosen tasks is not included.
+    positive; those below 1e-8 count as 1e-8, without a slope. The mean is over the tasks that have a loss. The paper's
+    focus on chosen tasks is not included.
 
     Example:
         >>> weighting = GeometricMean()
@@ -256,7 +258,7 @@ class RandomWeights(LossWeighting):
     the number of steps alone, and so are equal on all ranks.
 
     Args:
-        seed: Another seed draws other weights.
+        seed: Another seed draws other weights. The seed of the run does not: give every run one of its own.
 
     Example:
         >>> weighting = RandomWeights()
@@ -314,7 +316,9 @@ class Uncertainty(LossWeighting):
 
     Note:
         The paper has ``f_t exp(-s_t) + s_t / 2`` for a cross entropy. That is the same with ``s_t`` less ``log 2``, up
-        to a constant, so that the one form serves all losses. The objective may be negative.
+        to a constant, so that the one form serves all losses. The objective may be negative, but no loss: its weight
+        would grow without end. In a batch without the loss of a task its ``s_t`` has a gradient of zero, so that
+        momentum still moves it.
 
     Example:
         >>> weighting = Uncertainty()
@@ -322,6 +326,8 @@ class Uncertainty(LossWeighting):
         >>> weighting(torch.tensor([1.0, 3.0]))
         tensor(2., grad_fn=<SumBackward0>)
     """
+
+    needs_positive_losses = True
 
     def __init__(self, initial: float = 0.0) -> None:
         super().__init__()
@@ -342,7 +348,8 @@ class IMTLLoss(LossWeighting):
     """The losses with learned scales, ``sum_t exp(s_t) f_t - s_t`` (IMTL-L; Liu et al., 2021).
 
     ``s_t`` is a parameter, for the optimiser of the network. The optimum is where every scaled loss is one, whatever
-    its unit. The paper combines it with IMTL-G, which balances gradients.
+    its unit; a negative loss has none. The paper combines it with IMTL-G, which balances gradients. In a batch without
+    the loss of a task its ``s_t`` has a gradient of zero, so that momentum still moves it.
 
     Args:
         initial: The ``s_t`` at the start.
@@ -353,6 +360,8 @@ class IMTLLoss(LossWeighting):
         >>> weighting(torch.tensor([1.0, 3.0]))
         tensor(4., grad_fn=<SumBackward0>)
     """
+
+    needs_positive_losses = True
 
     def __init__(self, initial: float = 0.0) -> None:
         super().__init__()
@@ -392,6 +401,7 @@ class DynamicWeightAverage(LossWeighting):
         tensor([0.9003, 1.0997])
     """
 
+    needs_positive_losses = True
     weights: Tensor
     sums: Tensor
     counts: Tensor

@@ -125,6 +125,14 @@ def test_dtp_takes_the_exponential_of_the_loss_for_a_task_without_indicator() ->
     torch.testing.assert_close(weighting.slopes(losses), _tensor(math.log(2), 1.0, 2.0))
 
 
+def test_dtp_keeps_the_average_where_an_indicator_is_not_defined() -> None:
+    weighting = DynamicTaskPrioritization({"a": torch.dot}, decay=0.5)
+    weighting.resolve(NAMES)
+    weighting.observe_batch(torch.ones(3), _tensor(0.25, 0.5, 0.5))
+    weighting.observe_batch(torch.ones(3), _tensor(math.nan, 0.5, math.nan))
+    torch.testing.assert_close(weighting.average, _tensor(0.25, 0.5, 0.25 + 0.5 * math.exp(-1)))
+
+
 def test_dtp_gives_no_weight_to_a_task_that_is_done_perfectly_and_a_finite_one_to_one_that_fails() -> None:
     weighting = DynamicTaskPrioritization(floor=0.01)
     weighting.resolve(NAMES)

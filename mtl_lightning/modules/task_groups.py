@@ -109,7 +109,8 @@ class TaskGroupModule(SingleNetworkModule):
         ``global_step`` counts updates of all groups, so that ``max_steps`` and ``every_n_train_steps`` do not depend on
         the number of groups. Logged are ``train_loss`` and ``train_loss/<task>``, the first losses measured on a batch,
         ``num_groups`` and, where there were any, ``nonfinite/<task>``, the steps that a task was left out of; all of
-        them every ``log_every_n_steps`` batches of the trainer and with the last batch of an epoch. In validation see
+        them every ``log_every_n_steps`` batches of the trainer and, for callbacks but not for loggers, with the last
+        batch of an epoch. In validation see
         :class:`~mtl_lightning.modules.single_network.SingleNetworkModule`.
 
         Where :meth:`task_losses` is overridden all heads are evaluated in every pass, so that a loss may read several

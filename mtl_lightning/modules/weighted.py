@@ -48,7 +48,9 @@ class WeightedModule(SingleNetworkModule):
         lr_scheduler_monitor: The logged metric that ``ReduceLROnPlateau`` reads.
         gradient_clip_norm: The largest norm of the gradient, parameters of the weighting included.
         accumulate_batches: Over how many batches gradients are averaged before a step. Where the objective is not
-            linear in the losses that is the mean of the batches' objectives, not the objective of one larger batch.
+            linear in the losses, or a task lacks labels in one of them, that is the mean of the batches' objectives,
+            not the objective of one larger batch. The gradient of what is left at the end of an epoch is divided by the
+            same number, as Lightning does.
 
     Attributes:
         weighting: The weighting.
@@ -60,15 +62,17 @@ class WeightedModule(SingleNetworkModule):
     Note:
         Logged are ``train_loss`` (the mean over the tasks), ``train_loss/<task>``, ``weight/<task>``, the slope of the
         objective in the loss of the task, and, where there were any, ``nonfinite/<task>``, the batches that a task was
-        left out of; all of them every ``log_every_n_steps`` batches of the trainer and with the last batch of an epoch.
-        In validation see :class:`~mtl_lightning.modules.single_network.SingleNetworkModule`.
+        left out of; all of them every ``log_every_n_steps`` batches of the trainer and, for callbacks but not for
+        loggers, with the last batch of an epoch. In validation see
+        :class:`~mtl_lightning.modules.single_network.SingleNetworkModule`.
 
         With several ranks the objective is that of the losses over all labels of all ranks, and its slopes weigh the
         losses of each rank, so that two ranks with half batches equal one process.
 
         Limits: strategies other than one device and DDP are refused. Each batch waits once for the device, to see which
-        losses are finite. With accumulated batches, the gradients in a checkpoint are those of rank zero only, and a
-        weighting that looks at a batch before and after the step, or at gradients, sees the last one.
+        losses are finite. Averages and weights are kept in float64, which Apple's MPS does not have. With accumulated
+        batches, the gradients in a checkpoint are those of rank zero only, and a weighting that looks at a batch before
+        and after the step, or at gradients, sees the last one.
 
     Example:
         >>> from functools import partial
@@ -205,7 +209,11 @@ class WeightedModule(SingleNetworkModule):
 
     @torch.no_grad()
     def _indicators(self, outputs: Mapping[str, Tensor], part: _Part, tasks: Sequence[int]) -> Tensor:
-        """Return what the weighting's indicators say of the batch over all labels, shape ``(T,)``; NaN without any."""
+        """Return what the weighting's indicators say of the batch over all labels, shape ``(T,)``; NaN without any.
+
+        Raises:
+            ValueError: If one of them returns more than a number.
+        """
         named = [task for task in tasks if self.task_names[task] in self.weighting.indicators]
         if not named:
             return torch.full((len(self.tasks),), torch.nan, dtype=torch.float64, device=self.device)
@@ -213,7 +221,12 @@ class WeightedModule(SingleNetworkModule):
         for task in named:
             name = self.task_names[task]
             if name in part.targets:
-                own[task] = self.weighting.indicators[name](outputs[name], part.targets[name])
+                own[task] = torch.as_tensor(self.weighting.indicators[name](outputs[name], part.targets[name]))
+                if own[task].ndim != 0:
+                    raise UserInputError(
+                        f"The indicator of task {name!r} should return a number. Found shape {tuple(own[task].shape)}. "
+                        "Use a reduction such as the mean."
+                    )
         return self.mean_over_labels(own, part.shares, named)
 
     def _gradient_norms(self, own: Mapping[int, Tensor], part: _Part, tasks: Sequence[int]) -> Tensor:

@@ -10,6 +10,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
+from mtl_lightning.datamodules import MultiDigitsDataModule, ScenesDataModule
 from mtl_lightning.datamodules.base import SplitDataModule, check_at_least, check_fraction
 from mtl_lightning.datamodules.loading import ResumableDataLoader
 
@@ -163,6 +164,31 @@ def test_an_option_below_its_minimum_is_refused(name: str, value: int, minimum: 
 def test_a_loader_before_setup_is_refused() -> None:
     with pytest.raises(RuntimeError, match="`setup` should be called before the loader of split 'val'"):
         _Numbers().val_dataloader()
+
+
+def test_a_summary_before_setup_is_refused() -> None:
+    with pytest.raises(RuntimeError, match="`setup` should be called before `summary`"):
+        MultiDigitsDataModule().summary()
+
+
+@pytest.mark.parametrize(
+    ("datamodule", "expected"),
+    [
+        (
+            MultiDigitsDataModule(num_train=8),
+            ["train: 8 samples, 5 of them read", "inputs: (1, 10, 10)", "left: () int64"],
+        ),
+        (
+            ScenesDataModule(tasks=["normal"], size=32, num_train=3, num_val=1, num_test=0, cache_dir=None),
+            ["train: 3 samples, 3 of them read", "normal: (3, 32, 32) float32", "test: none"],
+        ),
+    ],
+    ids=["digits", "scenes"],
+)
+def test_every_data_module_has_a_summary(datamodule: SplitDataModule, expected: list[str]) -> None:
+    datamodule.setup("fit")
+    text = datamodule.summary(num_samples=5)
+    assert [part for part in expected if part not in text] == []
 
 
 def test_the_minimum_itself_is_accepted() -> None:

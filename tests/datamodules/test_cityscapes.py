@@ -78,7 +78,7 @@ def test_the_form_of_three_tasks_is_read(tmp_path: Path) -> None:
 
 def test_disparity_of_16_bits_is_shifted_by_one(tmp_path: Path) -> None:
     Image.fromarray(np.array([[0, 1, 1025, 65535]], np.uint16)).save(tmp_path / "a.png")
-    expected = torch.tensor([[[torch.nan, 0.0, 1.0, 65534 / 1024]]])
+    expected = torch.tensor([[[torch.nan, torch.nan, 1.0, 65534 / 1024]]])
     torch.testing.assert_close(read_disparity(tmp_path / "a.png"), expected, equal_nan=True)
 
 

@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from mtl_lightning.datamodules.base import Split
+from mtl_lightning.datamodules.colours import COLOURS
 from mtl_lightning.datamodules.dense import DenseDataModule, DenseDataset, DenseTask, Folder, check_names, numeric
 from mtl_lightning.datamodules.dense_labels import read_depth, read_image
 from mtl_lightning.datamodules.files import BrokenFileError, DatasetNotFoundError
 from mtl_lightning.datamodules.joint_transforms import IGNORE_INDEX
+from mtl_lightning.datamodules.preview import preview_figure
 from mtl_lightning.modules.mt2o import MT2OModule
 from mtl_lightning.modules.task_groups import TaskGroupModule
 from mtl_lightning.networks.dense_head import DenseHead
@@ -413,9 +415,9 @@ def test_unknown_tasks_are_refused(case: Case, tasks: Any, error: type[Exception
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"image_size": 0}, r"`image_size` should be at least 1 pixel high and wide\. Found 0"),
-        ({"image_size": (8, 0)}, r"`image_size` should be at least 1 pixel high and wide\. Found \(8, 0\)"),
-        ({"normalize": "mean"}, "`normalize` should be 'imagenet', 'symmetric' or None. Found 'mean'"),
+        ({"image_size": 0}, r"`image_size` should be at least 1 pixel high and wide, or None\. Found 0"),
+        ({"image_size": (8, 0)}, r"`image_size` should be at least 1 pixel high and wide, or None\. Found \(8, 0\)"),
+        ({"normalize": "mean"}, "`normalize` should be one of imagenet, symmetric, or None. Found 'mean'"),
         ({"on_broken": "ignore"}, "`on_broken` should be one of raise, skip, mask. Found 'ignore'"),
         ({"batch_size": 0}, "`batch_size` should be at least 1. Found 0"),
         ({"seed": -1}, "`seed` should be at least 0. Found -1"),
@@ -430,6 +432,28 @@ def test_arguments_out_of_range_are_refused(case: Case, options: dict[str, Any],
 def test_fractions_out_of_range_are_refused(fraction: float) -> None:
     with pytest.raises(ValueError, match=r"`val_fraction` should be in \[0, 1\)"):
         CASES[0].datamodule(Path(), val_fraction=fraction)
+
+
+def test_some_samples_have_to_be_left_for_training(written: dict[str, Path]) -> None:
+    datamodule = CASES[0].datamodule(written["NYUv2"], val_fraction=0.99)
+    with pytest.raises(ValueError, match=r"`val_fraction` should leave samples for training\. Found 0\.99 of 6"):
+        datamodule.setup("fit")
+
+
+@pytest.mark.parametrize(
+    ("name", "other", "reader"), [("NYUv2", "NYUD InvPT", "NYUDDataModule"), ("NYUD MTI", "NYUv2", "NYUv2DataModule")]
+)
+def test_the_form_of_the_other_nyu_is_recognised(written: dict[str, Path], name: str, other: str, reader: str) -> None:
+    case = next(case for case in CASES if case.name == name)
+    with pytest.raises(DatasetNotFoundError, match=f"which `{reader}` reads"):
+        case.datamodule(written[other]).setup("fit")
+
+
+@each_case
+def test_a_sheet_of_samples_with_all_labels_is_drawn(case: Case, root: Path) -> None:
+    datamodule = case.datamodule(root, augment=True)
+    figure = preview_figure(datamodule, num_samples=2)
+    assert [axes.get_title() for axes in figure.axes[: 1 + len(datamodule.tasks)]] == ["input", *datamodule.tasks]
 
 
 @each_case
@@ -469,7 +493,7 @@ def test_padded_pictures_keep_their_ratio_and_have_no_labels_around(tmp_path: Pa
         (tmp_path / name).mkdir()
         shutil.copy(tmp_path / f"{name}-a.npy", tmp_path / name / "a.npy")
     dataset = DenseDataset(
-        ["a"], files, [DenseTask("depth", 1, "depth")], image_size=(20, 20), padded=True, normalize="imagenet"
+        ["a"], files, [DenseTask("depth", 1, "depth")], image_size=(20, 20), padded=True, colours=COLOURS["imagenet"]
     )
     image, labels = dataset[0]
     inside = torch.zeros(20, 20, dtype=torch.bool)

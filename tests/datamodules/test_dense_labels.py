@@ -145,3 +145,23 @@ def test_a_mask_of_bits_stays_as_it_is(tmp_path: Path) -> None:
 def test_maps_of_another_shape_are_refused(tmp_path: Path, read: Any) -> None:
     with pytest.raises(BrokenFileError, match=r"a map of shape \(H, W, .\)\. Found shape \(4, 6, 2\)"):
         read(_write(tmp_path / "a.npy", np.zeros((4, 6, 2))))
+
+
+def test_an_image_with_a_palette_is_read_in_its_colours(tmp_path: Path) -> None:
+    colours = np.repeat(np.array([[255, 0, 0], [0, 0, 255]], dtype=np.uint8)[None], 3, axis=0)
+    Image.fromarray(colours).convert("P", palette=Image.Palette.ADAPTIVE).save(tmp_path / "a.png")
+    expected = torch.from_numpy(colours.transpose(2, 0, 1) / 255).float()
+    torch.testing.assert_close(read_image(tmp_path / "a.png"), expected, atol=0.02, rtol=0)
+
+
+def test_an_image_for_printing_is_read_in_its_colours(tmp_path: Path) -> None:
+    Image.new("CMYK", (6, 4), (0, 255, 255, 0)).save(tmp_path / "a.jpg")  # red
+    assert read_image(tmp_path / "a.jpg")[:, 0, 0].round(decimals=1).tolist() == [1.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("wrong", [-1, 256])
+def test_a_mask_of_other_numbers_is_refused(tmp_path: Path, wrong: int) -> None:
+    values = np.zeros((4, 6), dtype=np.int32)
+    values[1, 2] = wrong
+    with pytest.raises(BrokenFileError, match=r"a\.npy should hold numbers from 0 to 255"):
+        read_mask(_write(tmp_path / "a.npy", values))

@@ -5,6 +5,7 @@ import hashlib
 import http.server
 import io
 import logging
+import os
 import tarfile
 import threading
 import zipfile
@@ -105,6 +106,18 @@ def test_a_digest_is_checked(tmp_path: Path) -> None:
         check_digest(path, "ab")
 
 
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
+    tmp_path.chmod(0o555)
+    try:
+        with pytest.raises(
+            PermissionError, match=r"new should be a folder that can be written to\. Found .* read-only"
+        ):
+            download_file("http://127.0.0.1/none", tmp_path / "new" / "data.bin", digest=DIGEST, licence="none")
+    finally:
+        tmp_path.chmod(0o755)
+
+
 # Archives
 
 
@@ -170,3 +183,32 @@ def test_what_is_there_is_not_overwritten(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match=r"should not yet hold set, which set\.tar\.gz"):
         extract_archive(archive, tmp_path)
     assert list((tmp_path / "set").iterdir()) == []
+
+
+@pytest.mark.parametrize("left", [600, 512 * 4, 512 * 4 + 100])
+def test_of_an_archive_that_ends_too_early_nothing_is_kept(tmp_path: Path, left: int) -> None:
+    # Where a file ends within or before the header of the next one, `tarfile` itself says nothing.
+    archive = tmp_path / "set.tar"
+    with tarfile.open(archive, "w") as tar:
+        for number in range(3):
+            member = tarfile.TarInfo(f"set/{number}.txt")
+            member.size = 512
+            tar.addfile(member, io.BytesIO(bytes(512)))
+    archive.write_bytes(archive.read_bytes()[:left])
+    with pytest.raises(ValueError, match=r"set\.tar should be a whole"):
+        extract_archive(archive, tmp_path / "into")
+    assert list((tmp_path / "into").iterdir()) == []
+
+
+@pytest.mark.parametrize("mode", ["gz", "bz2", "xz"])
+def test_a_byte_that_was_changed_is_found(tmp_path: Path, mode: str) -> None:
+    archive = tmp_path / f"set.tar.{mode}"
+    with tarfile.open(archive, f"w:{mode}") as tar:  # type: ignore[call-overload]
+        member = tarfile.TarInfo("set/file.txt")
+        member.size = len(CONTENT)
+        tar.addfile(member, io.BytesIO(CONTENT))
+    content = archive.read_bytes()
+    place = len(content) - 6 if mode == "gz" else len(content) // 2  # in the sum at the end, which follows all files
+    archive.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+    with pytest.raises(ValueError, match=rf"set\.tar\.{mode} should be a whole"):
+        extract_archive(archive, tmp_path / "into")

@@ -16,6 +16,7 @@ from mtl_lightning.datamodules.files import (
     file_problem,
     first_few,
     read_array,
+    read_colours,
     read_lines,
     read_mat,
     read_numpy,
@@ -190,3 +191,47 @@ def test_a_missing_file_is_found(tmp_path: Path, ending: str) -> None:
 def test_pickled_objects_are_found_without_reading_them(tmp_path: Path) -> None:
     path = _write(tmp_path / "a.npy", np.array([{"a": 1}], dtype=object))
     assert file_problem(path) == "it holds pickled Python objects"
+
+
+def test_a_damaged_header_of_an_array_is_named(tmp_path: Path) -> None:
+    path = _write(tmp_path / "a.npy", _noise())
+    path.write_bytes(path.read_bytes().replace(b"}", b"(", 1))
+    with pytest.raises(BrokenFileError, match=r"a\.npy should hold a NumPy array"):
+        read_numpy(path)
+    assert file_problem(path) is not None
+
+
+@pytest.mark.parametrize("ending", [".JPG", ".JPEG", ".PNG"])
+def test_a_file_that_is_cut_off_is_found_under_a_name_in_capitals(tmp_path: Path, ending: str) -> None:
+    assert file_problem(_cut(_write(tmp_path / f"a{ending}", _noise()), 0.5)) is not None
+
+
+def test_a_whole_picture_is_judged_by_its_content_and_not_by_its_name(tmp_path: Path) -> None:
+    path = _write(tmp_path / "a.png", _noise()).rename(tmp_path / "a.jpg")
+    assert file_problem(path) is None
+    assert file_problem(_cut(path, 0.9)) is not None
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "1", "CMYK"])
+def test_pictures_of_any_mode_are_read_in_colours(tmp_path: Path, mode: str) -> None:
+    picture = Image.fromarray(np.stack([_noise(0), _noise(1), _noise(2)], axis=2)).convert(mode)
+    path = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
+    picture.save(path)
+    assert (read_colours(path) == np.asarray(picture.convert("RGB"))).all()
+
+
+def test_colours_of_sixteen_bits_are_refused(tmp_path: Path) -> None:
+    path = _write(tmp_path / "a.png", _noise().astype(np.uint16) * 257)
+    with pytest.raises(BrokenFileError, match=r"a\.png should hold a picture of 8 bits"):
+        read_colours(path)
+
+
+def test_a_list_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text("one\ntwo\n", encoding="utf-8-sig")
+    assert read_lines(tmp_path / "list.txt", ORIGIN) == ["one", "two"]
+
+
+def test_a_list_that_is_no_text_is_named(tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(BrokenFileError, match=r"list\.txt should hold a text in UTF-8"):
+        read_lines(tmp_path / "list.txt", ORIGIN)

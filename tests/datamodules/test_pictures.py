@@ -1,19 +1,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from mtl_lightning.datamodules.colours import COLOURS
 from mtl_lightning.datamodules.files import BrokenFileError
 from mtl_lightning.datamodules.pictures import (
-    COLOURS,
     PictureFiles,
-    check_image_size,
-    checked_colours,
     picture_augmentation,
     prepare_picture,
     read_picture,
@@ -73,7 +70,7 @@ def test_broken_files_are_left_out_and_said(tmp_path: Path) -> None:
     paths[1].write_bytes(paths[1].read_bytes()[:-50])
     paths.append(tmp_path / "none.jpg")
     with pytest.warns(
-        UserWarning, match=r"2 of 4 pictures .* left out: .*b\.jpg \(it is no whole.*none\.jpg \(it is missing"
+        UserWarning, match=r"2 of 4 pictures .* left out: .*b\.jpg \(it is cut off.*none\.jpg \(it is missing"
     ):
         kept = without_broken(paths, "skip")
     assert kept.tolist() == [True, False, True, False]
@@ -91,19 +88,3 @@ def test_a_broken_file_is_named(tmp_path: Path, content: bytes | None) -> None:
 def test_a_missing_file_stays_missing(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         read_picture(tmp_path / "none.png")
-
-
-@pytest.mark.parametrize(("size", "expected"), [(None, None), (5, (5, 5)), ((3, 4), (3, 4))])
-def test_one_number_is_both_sides(size: Any, expected: Any) -> None:
-    assert check_image_size(size) == expected
-
-
-@pytest.mark.parametrize("size", [0, (0, 5), (5, -1)])
-def test_a_size_without_pixels_is_refused(size: Any) -> None:
-    with pytest.raises(ValueError, match=r"`image_size` should be at least 1 pixel high and wide"):
-        check_image_size(size)
-
-
-def test_an_unknown_normalisation_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"one of imagenet, symmetric, or None\. Found 'mnist'"):
-        checked_colours("mnist")

@@ -10,8 +10,11 @@ import torch
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
+from mtl_lightning.cli import preview
 from mtl_lightning.datamodules import MultiDigitsDataModule, ScenesDataModule
 from mtl_lightning.datamodules.preview import preview_figure, write_preview
+from tests.datamodules.conftest import WriteIdx
+from tests.datamodules.tables import write_celeba, write_cifar100, write_office, write_sarcos
 
 
 def scenes(**arguments: Any) -> ScenesDataModule:
@@ -58,6 +61,44 @@ def test_single_labels_are_written() -> None:
 
 def test_the_picture_is_written(tmp_path: Path) -> None:
     path = write_preview(tmp_path / "new" / "sheet.png", scenes(tasks=["normal"]), num_samples=2)
+    assert matplotlib.image.imread(path).ndim == 3
+
+
+def _labelled_set(name: str, root: Path, write_idx: WriteIdx) -> list[str]:
+    """Write a small set with labels of whole samples and return the options that its data module needs."""
+    if name == "CelebADataModule":
+        write_celeba(root, np.resize([1, -1], (4, 40)), [0, 0, 1, 2])
+    elif name == "CIFAR100DataModule":
+        write_cifar100(root)
+        return ["--data.init_args.verify=false"]
+    elif name == "OfficeDataModule":
+        write_office(root, "office-31", 31, 1)
+        return ["--data.init_args.image_size=8"]
+    elif name == "SarcosDataModule":
+        write_sarcos(root, *np.random.default_rng(0).normal(size=(2, 20, 28)))
+    elif name == "MultiMNISTDataModule":
+        for part in ("train", "t10k"):
+            write_idx(root / f"{part}-images-idx3-ubyte", torch.zeros(20, 28, 28, dtype=torch.uint8))
+            write_idx(root / f"{part}-labels-idx1-ubyte", torch.arange(20) % 10)
+    return []
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "CelebADataModule",
+        "CIFAR100DataModule",
+        "OfficeDataModule",
+        "SarcosDataModule",
+        "MultiMNISTDataModule",
+        "MultiTargetDataModule",
+    ],
+)
+def test_the_command_draws_sets_with_labels_of_whole_samples(name: str, tmp_path: Path, write_idx: WriteIdx) -> None:
+    options = _labelled_set(name, tmp_path, write_idx)
+    if name != "MultiTargetDataModule":
+        options.append(f"--data.init_args.root={tmp_path}")
+    path = preview([f"--data=mtl_lightning.datamodules.{name}", *options, f"--output={tmp_path / 'a.png'}"])
     assert matplotlib.image.imread(path).ndim == 3
 
 

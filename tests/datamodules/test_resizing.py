@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from mtl_lightning.datamodules.joint_transforms import LabelKind
-from mtl_lightning.datamodules.resizing import fitted_size, pad_centred, resize_image, resize_label
+from mtl_lightning.datamodules.resizing import check_image_size, fitted_size, pad_centred, resize_image, resize_label
 
 
 def _generator() -> torch.Generator:
@@ -112,3 +114,14 @@ def test_padding_is_on_all_sides_alike() -> None:
     assert (padded == 1).nonzero().amin(0).tolist() == [1, 1]
     assert (padded == 1).sum() == 6
     assert (padded == -1).sum() == 24
+
+
+@pytest.mark.parametrize(("size", "expected"), [(None, None), (5, (5, 5)), ((3, 4), (3, 4))])
+def test_one_number_is_both_sides(size: Any, expected: Any) -> None:
+    assert check_image_size(size) == expected
+
+
+@pytest.mark.parametrize("size", [0, (0, 5), (5, -1)])
+def test_a_size_without_pixels_is_refused(size: Any) -> None:
+    with pytest.raises(ValueError, match=r"`image_size` should be at least 1 pixel high and wide"):
+        check_image_size(size)

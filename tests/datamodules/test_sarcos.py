@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -64,10 +65,21 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
         _datamodule(tmp_path)
 
 
-def test_files_that_are_not_prepared_are_pointed_out(tmp_path: Path) -> None:
-    write_sarcos(tmp_path, TRAIN, TEST)
-    with pytest.raises(DatasetNotFoundError, match=r"`prepare_data` makes \.npy of \.mat"):
-        SarcosDataModule(root=tmp_path).setup()
+def test_matlab_files_are_read_where_nothing_could_be_written(tmp_path: Path) -> None:
+    datamodule = SarcosDataModule(root=write_sarcos(tmp_path, TRAIN, TEST))
+    datamodule.setup()
+    prepared = _datamodule(tmp_path)
+    assert torch.equal(_table(datamodule, "train").features, _table(prepared, "train").features)
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write everywhere")
+def test_a_read_only_root_is_left_as_it_is(tmp_path: Path) -> None:
+    root = write_sarcos(tmp_path, TRAIN, TEST)
+    root.chmod(0o555)
+    try:
+        assert len(_table(_datamodule(root), "test")) == len(TEST)
+    finally:
+        root.chmod(0o755)
 
 
 @pytest.mark.parametrize(

@@ -20,9 +20,13 @@ def test_ranges_missing_values_and_class_shares_are_counted() -> None:
     ]
 
 
-def test_samples_are_spread_over_the_split() -> None:
-    samples = [(torch.tensor([float(index)]), {"a": torch.tensor(0.0)}) for index in range(100)]
-    assert "100 samples, 4 of them read\n  inputs: (1,) float32, 0 to 75" in summarize({"test": samples}, 4)  # type: ignore[dict-item]
+def test_where_tasks_take_turns_labels_of_all_are_seen() -> None:
+    # As in a set with one data set per task: at even distances, only one task would be seen.
+    samples = [
+        (torch.zeros(1), {str(task): torch.tensor(0 if index % 20 == task else -1) for task in range(20)})
+        for index in range(4000)
+    ]
+    assert "100.0 % missing" not in summarize({"train": samples}, 200)  # type: ignore[dict-item]
 
 
 def test_labels_that_are_all_missing_have_no_range() -> None:

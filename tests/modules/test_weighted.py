@@ -135,7 +135,7 @@ def _reference_run(name: str, optimizer: Callable[[Any], torch.optim.Optimizer],
     ]
     stepper: Any = optimizer(groups if groups[1]["params"] else groups[:1])
     for _ in range(epochs):
-        for batch in batches():
+        for batch in batches(3):
             losses = _losses(net, batch)
             if name == "DynamicTaskPrioritization":
                 outputs = net(batch[0])
@@ -157,11 +157,13 @@ def _reference_run(name: str, optimizer: Callable[[Any], torch.optim.Optimizer],
     return torch.cat([parameter.detach().flatten() for parameter in net.parameters()]), weighting.state_dict()
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@family
+@pytest.mark.parametrize(
+    ("name", "optimizer"),
+    [*((name, "momentum") for name in FAMILY), *((name, "adamw") for name in ("Equal", "Uncertainty", "IMTLLoss"))],
+)
 def test_a_run_equals_a_plain_loop(name: str, optimizer: str) -> None:
     module = weighted(weighting=FAMILY[name](), optimizer=OPTIMIZERS[optimizer])
-    trainer(max_epochs=3).fit(module, batches())
+    trainer(max_epochs=3).fit(module, batches(3))
     parameters, state = _reference_run(name, OPTIMIZERS[optimizer], epochs=3)
     torch.testing.assert_close(flat(module), parameters, rtol=1e-4, atol=1e-5)
     found = module.weighting.state_dict()
@@ -193,9 +195,9 @@ class _Counts(Callback):
 def test_one_pass_forward_one_backward_and_one_step_per_batch(name: str) -> None:
     counts = _Counts()
     run = trainer([counts])
-    run.fit(weighted(weighting=FAMILY[name]()), batches())
-    assert (counts.forwards, counts.backwards, counts.steps) == (12 if name == "FAMO" else 6, 6, 6)
-    assert run.global_step == 6
+    run.fit(weighted(weighting=FAMILY[name]()), batches(2))
+    assert (counts.forwards, counts.backwards, counts.steps) == (4 if name == "FAMO" else 2, 2, 2)
+    assert run.global_step == 2
 
 
 def test_the_default_is_the_sum_of_the_losses() -> None:
@@ -369,11 +371,23 @@ def test_indicators_see_predictions_and_targets() -> None:
     assert float(weighting.average[0]) == pytest.approx(float(expected.detach()))
 
 
+def test_an_indicator_may_return_a_number() -> None:
+    weighting = DynamicTaskPrioritization({"a": lambda preds, target: 0.25}, decay=1.0)
+    trainer().fit(weighted(weighting=weighting), batches(1))
+    assert float(weighting.average[0]) == 0.25
+
+
+def test_an_indicator_of_another_shape_is_refused() -> None:
+    weighting = DynamicTaskPrioritization({"a": lambda preds, target: preds - target})
+    with pytest.raises(ValueError, match=r"indicator of task 'a' should return a number. Found shape \(8, 1\)"):
+        trainer().fit(weighted(weighting=weighting), batches(1))
+
+
 # -------------------------------------------------------------------------------------------------------- missing, sick
 
 
-def _without(name: str, places: Sequence[int], value: float = torch.nan) -> Batches:
-    found = batches()
+def _without(name: str, places: Sequence[int], value: float = torch.nan, count: int = 6) -> Batches:
+    found = batches(count)
     for place in places:
         found[place][1][name][:] = value
     return found
@@ -383,7 +397,7 @@ def _without(name: str, places: Sequence[int], value: float = torch.nan) -> Batc
 def test_a_task_without_labels_takes_no_part(name: str) -> None:
     module = weighted(weighting=FAMILY[name](), optimizer=OPTIMIZERS["adamw"])
     head = [p.clone() for p in heads(module)["b"].parameters()]
-    trainer(max_epochs=2).fit(module, _without("b", range(6)))
+    trainer(max_epochs=2).fit(module, _without("b", range(3), count=3))
     assert all(torch.equal(*pair) for pair in zip(head, heads(module)["b"].parameters(), strict=True))
     assert flat(module).isfinite().all()
 
@@ -402,8 +416,8 @@ def test_batches_without_any_label_are_passed_over() -> None:
 @pytest.mark.filterwarnings("ignore:The loss of task")
 def test_a_sick_task_is_left_out_as_if_it_had_no_labels(name: str) -> None:
     found, expected = (weighted(weighting=FAMILY[name]()) for _ in range(2))
-    trainer(max_epochs=2).fit(found, _without("b", (1, 3), torch.inf))
-    trainer(max_epochs=2).fit(expected, _without("b", (1, 3)))
+    trainer(max_epochs=2).fit(found, _without("b", (0, 2), torch.inf, count=4))
+    trainer(max_epochs=2).fit(expected, _without("b", (0, 2), count=4))
     torch.testing.assert_close(flat(found), flat(expected))
     assert found.health.total.tolist() == [0, 4, 0]
 
@@ -435,14 +449,17 @@ def test_batches_in_which_all_tasks_are_sick_are_passed_over() -> None:
     assert run.global_step == 2
 
 
-@pytest.mark.parametrize("name", ["ScaleInvariant", "GeometricMean", "FAMO", "GradNorm"])
+@pytest.mark.parametrize(
+    "name",
+    ["ScaleInvariant", "GeometricMean", "Uncertainty", "IMTLLoss", "DynamicWeightAverage", "FAMO", "GradNorm"],
+)
 def test_a_negative_loss_is_refused_where_it_has_no_meaning(name: str) -> None:
     shifted = [Task("a", lambda preds, target: (preds - target).square().mean() - 1e3), *tasks()[1:]]
     with pytest.raises(ValueError, match=f"task 'a' should not be negative under `{name}`"):
         trainer().fit(weighted(tasks=shifted, weighting=FAMILY[name]()), batches())
 
 
-@pytest.mark.parametrize("name", ["Equal", "Uncertainty"])
+@pytest.mark.parametrize("name", ["Equal", "Scalarized"])
 def test_a_negative_loss_is_trained_elsewhere_without_a_word(name: str, recwarn: pytest.WarningsRecorder) -> None:
     shifted = [Task("a", lambda preds, target: (preds - target).square().mean() - 1e3), *tasks()[1:]]
     trainer().fit(weighted(tasks=shifted, weighting=FAMILY[name]()), batches())
@@ -452,11 +469,13 @@ def test_a_negative_loss_is_trained_elsewhere_without_a_word(name: str, recwarn:
 # ------------------------------------------------------------------------------------------------------------ precision
 
 
-@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
-@family
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [*((name, precision) for name in FAMILY for precision in ("bf16-mixed", "bf16-true")), ("GradNorm", "64-true")],
+)
 def test_precisions_train(name: str, precision: Any) -> None:
     module = weighted(weighting=FAMILY[name](), optimizer=OPTIMIZERS["adamw"])
-    trainer(max_epochs=2, precision=precision).fit(module, batches())
+    trainer(max_epochs=2, precision=precision).fit(module, batches(2))
     assert flat(module).isfinite().all()
     assert all(
         buffer.dtype == torch.float64 for key, buffer in module.weighting.named_buffers() if "minimum" not in key
@@ -532,12 +551,13 @@ def _run_of_everything(folder: Path, callbacks: Sequence[Callback], name: str, *
             **arguments,
         }
     )
-    return module, trainer(callbacks, max_epochs=3, default_root_dir=str(folder))
+    return module, trainer(callbacks, max_epochs=2, default_root_dir=str(folder))
 
 
 @pytest.mark.filterwarnings("ignore:The loss of task")
-@pytest.mark.parametrize("accumulate", [1, 2])
-@family
+@pytest.mark.parametrize(
+    ("name", "accumulate"), [*((name, 2) for name in FAMILY), *((name, 1) for name in ("FAMO", "GradNorm"))]
+)
 def test_resumed_after_any_batch_equals_uninterrupted_bit_for_bit(name: str, accumulate: int, tmp_path: Path) -> None:
     data = batches(3)
     data[1][1]["b"][:] = torch.inf
@@ -576,10 +596,10 @@ class _Write(Callback):
 def _assert_ranks_equal_one(build: Callable[[], WeightedModule], data: list[Batch], folder: Path) -> None:
     (folder / "alone").mkdir()
     seed_everything(5)
-    trainer([_Write(folder / "alone")], max_epochs=3).fit(build(), Interleaved(data), Interleaved(data))
+    trainer([_Write(folder / "alone")], max_epochs=2).fit(build(), Interleaved(data), Interleaved(data))
     strategy = DDPStrategy(start_method="fork", process_group_backend="gloo", timeout=timedelta(seconds=60))
     seed_everything(5)
-    run = trainer([_Write(folder)], max_epochs=3, devices=2, strategy=strategy, use_distributed_sampler=False)
+    run = trainer([_Write(folder)], max_epochs=2, devices=2, strategy=strategy, use_distributed_sampler=False)
     run.fit(build(), Interleaved(data), Interleaved(data))
     alone = torch.load(folder / "alone" / "rank-0.pt", weights_only=True)
     ranks = [torch.load(folder / f"rank-{rank}.pt", weights_only=True) for rank in range(2)]
@@ -590,22 +610,17 @@ def _assert_ranks_equal_one(build: Callable[[], WeightedModule], data: list[Batc
     assert ranks[0]["losses"] == pytest.approx(alone["losses"], rel=1e-4)
 
 
-@family
-def test_two_ranks_with_half_batches_equal_one_process(name: str, tmp_path: Path) -> None:
-    _assert_ranks_equal_one(lambda: weighted(weighting=FAMILY[name]()), batches(), tmp_path)
-
-
 @pytest.mark.parametrize("name", ["GeometricMean", "Uncertainty"])
 def test_two_ranks_that_accumulate_and_clip_equal_one_process(name: str, tmp_path: Path) -> None:
     build = partial(weighted, accumulate_batches=2, gradient_clip_norm=0.5)
-    _assert_ranks_equal_one(lambda: build(weighting=FAMILY[name]()), batches(), tmp_path)
+    _assert_ranks_equal_one(lambda: build(weighting=FAMILY[name]()), batches(5), tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore:The loss of task")
 @family
 def test_two_ranks_equal_one_process_where_labels_are_missing_or_sick_on_one(name: str, tmp_path: Path) -> None:
-    data = batches(4)
-    for index, (_, targets) in enumerate(data):
+    data = batches(5)  # the last one is whole
+    for index, (_, targets) in enumerate(data[:4]):
         targets["b"][index % 2 :: 2] = torch.nan  # all of one rank's
         targets["c"][:3] = torch.nan  # an unequal number
     data[3][1]["a"][0] = torch.inf  # one rank's loss is not finite
