@@ -35,8 +35,12 @@ def machine() -> dict[str, Any]:
 
 
 def save(path: Path, result: dict[str, Any]) -> None:
-    """Write the result whole or not at all."""
+    """Write the result whole or not at all; runs, if it holds any, one a line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
-    part.write_text(json.dumps(result, indent=1))
+    text = json.dumps({key: value for key, value in result.items() if key != "runs"}, indent=1)
+    if "runs" in result:
+        runs = ",\n  ".join(json.dumps(run) for run in result["runs"])
+        text = f'{text[:-2]},\n "runs": [\n  {runs}\n ]\n}}'
+    part.write_text(text + "\n")
     os.replace(part, path)

@@ -27,7 +27,7 @@ from mtl_lightning.datamodules.loading import ResumableDataLoader
 from mtl_lightning.grouping import OneByOne
 from mtl_lightning.losses import MaskedCrossEntropyLoss, MaskedMSELoss
 from mtl_lightning.metrics import MaskedMeanAbsoluteError
-from mtl_lightning.modules import MT2OModule, TaskGroupModule
+from mtl_lightning.modules import MT2OModule, TaskGroupModule, WeightedModule
 from mtl_lightning.networks import MLP, MultiHeadNetwork
 from mtl_lightning.preferences import simplex_lattice
 from mtl_lightning.task import Task
@@ -283,14 +283,14 @@ def _trainer(folder: Path, **options: Any) -> Trainer:
     return Trainer(**{"default_root_dir": folder, "accelerator": "cpu", **QUIET, **options})
 
 
-@pytest.mark.parametrize("kind", [MT2OModule, TaskGroupModule])
+@pytest.mark.parametrize("kind", [MT2OModule, TaskGroupModule, WeightedModule])
 def test_modules_learn_from_batches_with_missing_labels(tmp_path: Path, kind: type[Any]) -> None:
     module = _module(kind)
     trainer = _trainer(tmp_path, max_epochs=8)
     trainer.fit(module, _KindAndSize())
     values = trainer.callback_metrics
     assert all(value.isfinite() for value in values.values())
-    if kind is TaskGroupModule:
+    if kind is not MT2OModule:
         assert values["val_accuracy/kind"] > 0.85
         assert values["val_error/size"] < 0.6
     else:
@@ -357,7 +357,7 @@ def test_overfitting_reads_balanced_batches(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["min_size", "max_size_cycle"])
-@pytest.mark.parametrize("kind", [MT2OModule, TaskGroupModule])
+@pytest.mark.parametrize("kind", [MT2OModule, TaskGroupModule, WeightedModule])
 def test_a_combined_loader_serves_through_unpack_batch(tmp_path: Path, kind: type[Any], mode: Any) -> None:
     class FromLoaders(kind):  # type: ignore[misc]
         def unpack_batch(self, batch: Any) -> tuple[Any, dict[str, Tensor]]:
