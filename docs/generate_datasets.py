@@ -53,7 +53,7 @@ data = NYUv2DataModule(root="data/nyuv2", augment=True, batch_size=8)
 tasks = nyuv2_tasks(["segmentation", "depth", "normal"])
 data.prepare_data()
 data.setup("fit")
-print(data.summary())   # sizes, shapes, ranges, missing values, class shares
+print(data.summary())  # sizes, shapes, ranges, missing values, class shares
 ```
 
 `mtl-lightning preview --data mtl_lightning.datamodules.NYUv2DataModule --data.root data/nyuv2` draws a contact sheet.
