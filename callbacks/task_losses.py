@@ -141,11 +141,11 @@ class TaskGradients:
 class Measurement:
     """The losses of one batch and their gradients on ``D`` shared parameters, averaged over ranks.
 
-    All methods are collective.
+    All methods are collective. Everything is float32, or float64 where a shared parameter is.
 
     Attributes:
         names: The names of the ``T`` tasks that have labels in the batch on any rank.
-        losses: Their losses, shape ``(T,)``, float32.
+        losses: Their losses, shape ``(T,)``.
     """
 
     def __init__(
@@ -160,6 +160,8 @@ class Measurement:
         self.names = names
         self._trainer, self._pl_module = trainer, pl_module
         self._parameters = parameters
+        is_double = any(parameter.dtype == torch.float64 for parameter in parameters)
+        self._dtype = torch.float64 if is_double else torch.float32
         self._local = losses
         self._forward_again = forward_again
         scaler = getattr(trainer.precision_plugin, "scaler", None)
@@ -169,7 +171,7 @@ class Measurement:
         self.losses = self._mean(losses)
 
     def gradient(self, name: str) -> Tensor:
-        """Return the gradient of the loss of task ``name``, shape ``(D,)``, float32."""
+        """Return the gradient of the loss of task ``name``, shape ``(D,)``."""
         if name in self._local:
             gradients = _gradients(self._local[name] * self._scale, self._parameters)
         else:
@@ -177,7 +179,7 @@ class Measurement:
         pairs = zip(gradients, self._parameters, strict=True)
         flat = torch.cat(
             [
-                (torch.zeros_like(parameter) if gradient is None else gradient).float().flatten()
+                (torch.zeros_like(parameter) if gradient is None else gradient).to(self._dtype).flatten()
                 for gradient, parameter in pairs
             ]
         )
@@ -185,7 +187,7 @@ class Measurement:
         return total.div_(self._scale * self._num_ranks[self.names.index(name)])
 
     def gramian(self) -> Tensor:
-        """Return the inner products of the gradients of all tasks, shape ``(T, T)``, float32."""
+        """Return the inner products of the gradients of all tasks, shape ``(T, T)``."""
         gradients = [self.gradient(name) for name in self.names]
         # One by one, since a matrix product may be computed in TensorFloat-32, with three decimal digits.
         return torch.stack([torch.stack([torch.dot(first, second) for second in gradients]) for first in gradients])
@@ -208,7 +210,7 @@ class Measurement:
 
     def _mean(self, losses: Mapping[str, Tensor]) -> Tensor:
         zero = torch.zeros((), device=self._pl_module.device)
-        local = torch.stack([losses.get(name, zero).detach().float() for name in self.names])
+        local = torch.stack([losses.get(name, zero).detach().to(self._dtype) for name in self.names])
         return self._trainer.strategy.reduce(local, reduce_op="sum") / self._num_ranks
 
 

@@ -158,6 +158,48 @@ def test_affinity_among_quadratics_is_the_closed_form(
     torch.testing.assert_close(callback.matrix, expected, rtol=1e-5, atol=1e-6)
 
 
+class Worked(pl.LightningModule):
+    """``L_k = (c_k s + a_k - y_k)^2 / 2`` with a shared number, and the sums of these losses over groups."""
+
+    factors = torch.tensor([1.0, 2.0, -2.0], dtype=torch.float64)
+    goals = torch.tensor([1.0, 1.0, 2.0], dtype=torch.float64)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared = nn.Parameter(torch.zeros((), dtype=torch.float64))
+        self.own = nn.Parameter(torch.zeros(3, dtype=torch.float64))
+
+    def batch_losses(self, batch: Any) -> dict[str, Tensor]:
+        losses = 0.5 * (self.factors * self.shared + self.own - self.goals).square()
+        groups = ("1", "2", "3", "12", "13", "23", "123")
+        return {group: torch.stack([losses[int(task) - 1] for task in group]).sum() for group in groups}
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.batch_losses(batch)["123"]
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(TensorDataset(torch.zeros(1, 1)))
+
+
+def test_look_ahead_of_groups_by_hand(make_trainer: Callable[..., pl.Trainer]) -> None:
+    expected = {
+        "1": (0.19, 0.36, -0.21),
+        "2": (0.36, 0.64, -0.44),
+        "3": (-0.96, -2.24, 0.64),
+        "12": (0.51, 0.84, -0.69),
+        "13": (-0.69, -1.56, 0.51),
+        "23": (-0.44, -0.96, 0.36),
+        "123": (-0.21, -0.44, 0.19),
+    }
+    callback = AffinityCallback(parameters_fn=lambda module: [module.shared], figure_every=0)
+    make_trainer(callback, max_epochs=1, precision="64-true").fit(Worked())
+    found = dict(zip(callback.task_names, callback.matrix[:, :3].tolist(), strict=True))
+    assert found == {group: pytest.approx(values, abs=1e-9) for group, values in expected.items()}
+
+
 @pytest.mark.parametrize("form", ["dict", "stacked"])
 def test_look_ahead_is_that_of_stepped_copies(make_trainer: Callable[..., pl.Trainer], form: str) -> None:
     module = Toy(noisy=False, batch_size=16, form=form)
