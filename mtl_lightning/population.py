@@ -162,9 +162,13 @@ class Population(nn.Module):
         """
         if not -self.size <= index < self.size:
             raise IndexError(f"`index` should lie in [0, {self.size}). Found {index}.")
+        return self.member_of(lambda rows: rows[index])
+
+    def member_of(self, pick: Callable[[Tensor], Tensor]) -> nn.Module:
+        """Return a copy of the network with the row that ``pick`` returns of every tensor of rows, ``(P, ...)``."""
         memo: dict[int, Any] = {}
         member = copy.deepcopy(self.network, memo)
-        row = self.theta.detach()[index]
+        row = pick(self.theta.detach())
         for slot in self._slots:
             value = row[slot.start : slot.stop].view(slot.shape).clone()
             parameter = nn.Parameter(value)
@@ -174,7 +178,9 @@ class Population(nn.Module):
         for module in member.modules():
             for name, buffer in module._buffers.items():
                 if buffer is not None:
-                    module._buffers[name] = own.setdefault(id(buffer), buffer[index].clone())
+                    if id(buffer) not in own:
+                        own[id(buffer)] = pick(buffer).clone()
+                    module._buffers[name] = own[id(buffer)]
         _refresh_recurrent(member)
         return member
 
@@ -255,39 +261,13 @@ class Population(nn.Module):
         self.theta.grad.mul_((max_norm / (norms + 1e-6)).clamp(max=1.0).unsqueeze(1))
         return norms
 
-    @torch.no_grad()
-    def transfer_step(self, matrix: Tensor, healthy: Tensor, columns: Sequence[slice]) -> Tensor:
-        """Return ``(M - I) theta``, shape ``(P, D)``: what a transfer adds to the step of the optimiser.
-
-        It is computed from the parameters before the step, so that the step and the mixing are decoupled.
-
-        Args:
-            matrix: ``M``, shape ``(P, P)``; its rows sum to one.
-            healthy: Shape ``(P,)``, bool. The rows of the others may hold NaN; ``M`` gives them no weight.
-            columns: The columns that are transferred, see :meth:`columns`.
-        """
-        # NaN times zero is NaN: the rows without weight are replaced before the product.
-        theta = self.theta.masked_fill(~healthy.unsqueeze(1), 0.0)
-        mixing = (matrix - torch.eye(self.size, device=matrix.device, dtype=matrix.dtype)).to(theta.dtype)
-        mixing = mixing.masked_fill(~healthy.unsqueeze(1), 0.0)
-        if columns == [slice(0, self._num_columns)]:
-            return mixing @ theta
-        step = torch.zeros_like(theta)
-        for part in columns:
-            step[:, part] = mixing @ theta[:, part]
-        return step
-
-    @torch.no_grad()
-    def mix_buffers(self, matrix: Tensor, healthy: Tensor, patterns: Sequence[str] | None = None) -> None:
-        """Replace every floating-point buffer by its mixture under ``matrix``, shape ``(P, P)``; others stay."""
-        mixing = matrix - torch.eye(self.size, device=matrix.device, dtype=matrix.dtype)
-        mixing = mixing.masked_fill(~healthy.unsqueeze(1), 0.0)
-        for name, buffer in self.network.named_buffers():
-            if buffer.is_floating_point() and (patterns is None or _matches(name, patterns)):
-                rows = buffer.view(self.size, buffer[0].numel())
-                # Infinite entries are constants, such as those of attention masks, and stay.
-                finite = rows.masked_fill(~(healthy.unsqueeze(1) & rows.isfinite()), 0.0)
-                rows.add_(mixing.to(rows.dtype) @ finite)
+    def floating_buffers(self, patterns: Sequence[str] | None = None) -> list[Tensor]:
+        """Return the stacked floating-point buffers whose names match one of the patterns, each ``(P, ...)``, once."""
+        return [
+            buffer
+            for name, buffer in self.network.named_buffers()
+            if buffer.is_floating_point() and (patterns is None or _matches(name, patterns))
+        ]
 
     def columns(self, patterns: Sequence[str] | None = None) -> list[slice]:
         """Return the columns of ``theta`` whose parameter names match one of the shell patterns; all for ``None``.
@@ -323,14 +303,25 @@ class Population(nn.Module):
                 )
 
     @torch.no_grad()
+    def rearrange_(self, move: Callable[[Tensor], Tensor]) -> None:
+        """Replace every tensor of rows, shape ``(P, ...)``, by ``move`` of it; the number of rows may change."""
+        # `.data` keeps the parameter object, which the optimiser and wrappers refer to.
+        self.theta.data = move(self.theta.data)
+        self.theta.grad = None
+        for buffer in self.network.buffers():
+            buffer.data = move(buffer.data)
+
     def select_(self, rows: Sequence[int]) -> None:
         """Keep the given rows, in the given order; a row named twice is copied. The number of rows may change."""
         index = torch.as_tensor(rows, device=self.theta.device)
-        # `.data` keeps the parameter object, which the optimiser and wrappers refer to.
-        self.theta.data = self.theta.data.index_select(0, index)
-        self.theta.grad = None
-        for buffer in self.network.buffers():
-            buffer.data = buffer.data.index_select(0, index)
+        self.rearrange_(lambda tensor: tensor.index_select(0, index))
+
+    @property
+    def stacked_names(self) -> tuple[str, ...]:
+        """The keys of the ``state_dict`` whose values have one row per subproblem."""
+        persistent = self.state_dict().keys()
+        names = ("theta", *(f"network.{name}" for name, _ in self.network.named_buffers(remove_duplicate=False)))
+        return tuple(name for name in names if name in persistent)
 
     # ------------------------------------------------------------------------------------------------- internals
 

@@ -1,11 +1,15 @@
-"""What callbacks read of a module, so that neither side imports the other."""
+"""What callbacks and strategies read of a module, so that neither side imports the other."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
+
+from mtl_lightning.population import Population
+from mtl_lightning.population_shards import Shards
 
 
 class PopulationProtocol(Protocol):
@@ -30,6 +34,29 @@ class PopulationProtocol(Protocol):
     @property
     def metric_values(self) -> Mapping[str, Tensor]:
         """The validation metrics: from ``<metric>/<task>`` to one value per model, shape ``(P,)``."""
+
+
+class SpreadPopulationProtocol(Protocol):
+    """A LightningModule whose population can be spread over processes."""
+
+    population: Population
+    shards: Shards
+
+    @property
+    def final_preferences(self) -> Tensor:
+        """The preference vectors of all subproblems that there will be, shape ``(P, T)``."""
+
+    def spread(self, shards: Shards, data_group: Any, data_rank: int, data_size: int, device: torch.device) -> None:
+        """Keep the subproblems of this process only."""
+
+    def gather(self) -> None:
+        """Bring the subproblems of all processes together again."""
+
+    def whole_state(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Return the ``state_dict`` of the whole population, given that of this process."""
+
+    def state_dict(self, *, keep_vars: bool = False) -> dict[str, Any]:
+        """Return the parameters, buffers and other state of this process."""
 
 
 class TaskGroupProtocol(Protocol):

@@ -34,7 +34,8 @@ class TransferContext:
         preferences: The preference vectors, shape ``(P, T)``.
         losses: The task losses of each subproblem on the batch, shape ``(P, T)``, float32, equal on all ranks. Columns
             of tasks without labels in the batch hold NaN.
-        parameters: The flattened trainable parameters, shape ``(P, D)``.
+        parameters: The flattened trainable parameters, shape ``(P, D)``. In a population that is spread over processes
+            they are there for rules that hear of all subproblems; for those that name their givers they are ``None``.
         step: How many transfers there have been.
         learning_rate: The learning rate of the optimiser.
         healthy: Which subproblems are finite, shape ``(P,)``; the others take no part.
@@ -44,7 +45,7 @@ class TransferContext:
 
     preferences: Tensor
     losses: Tensor
-    parameters: Tensor
+    parameters: Tensor | None
     step: int
     learning_rate: float
     healthy: Tensor
@@ -82,7 +83,16 @@ class TransferContext:
 
     @cached_property
     def distances(self) -> Tensor:
-        """Euclidean distances between the parameters of subproblems, shape ``(P, P)``."""
+        """Euclidean distances between the parameters of subproblems, shape ``(P, P)``.
+
+        Raises:
+            RuntimeError: If the parameters of other processes are not at hand.
+        """
+        if self.parameters is None:
+            raise RuntimeError(
+                "A rule that reads parameters should hear of all subproblems: its `givers` should return None. Found "
+                "givers, so that parameters are not exchanged among all processes."
+            )
         # Not through matrix products: they lose all digits between copies that have hardly moved apart.
         rows = self.parameters.detach().float().nan_to_num(0.0, 0.0, 0.0)
         distances = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist")
@@ -113,6 +123,14 @@ class TransferRule(nn.Module):
         The diagonal and subproblems that are not healthy are disregarded.
         """
         raise NotImplementedError(f"{type(self).__name__} should implement `received`.")
+
+    def givers(self, preferences: Tensor) -> Tensor | None:
+        """Return from whom each subproblem may receive, shape ``(P, P)``, bool, or ``None`` for from all.
+
+        It depends on the preferences alone. With it processes that share a population exchange the parameters of
+        givers only; such a rule cannot read :attr:`TransferContext.parameters`.
+        """
+        return None
 
     def forward(self, context: TransferContext) -> Tensor:
         """Return the transfer matrix ``M``, shape ``(P, P)``: non-negative, rows sum to one."""
@@ -173,6 +191,10 @@ class NeighborTransfer(TransferRule):
         self.decay = _in_range("decay", decay, torch.finfo(torch.float32).tiny, 1.0)
         self._neighborhood = _Neighborhood(num_neighbors, bandwidth)
 
+    def givers(self, preferences: Tensor) -> Tensor:
+        """Return the neighbours, shape ``(P, P)``, bool."""
+        return self._neighborhood.near(preferences)
+
     def received(self, context: TransferContext) -> Tensor:
         """Return the kernel over the neighbours, scaled to the present mass; shape ``(P, P)``."""
         return self.strength * self.decay**context.step * self._neighborhood(context.preferences)
@@ -201,6 +223,10 @@ class ProportionalTransfer(TransferRule):
         super().__init__()
         self.rate = _in_range("rate", rate, 0.0, torch.finfo(torch.float32).max)
         self._neighborhood = _Neighborhood(num_neighbors, bandwidth)
+
+    def givers(self, preferences: Tensor) -> Tensor:
+        """Return the neighbours, shape ``(P, P)``, bool."""
+        return self._neighborhood.near(preferences)
 
     def received(self, context: TransferContext) -> Tensor:
         """Return the kernel over the neighbours times ``rate * lr``; shape ``(P, P)``."""
@@ -241,6 +267,7 @@ class DistanceTransfer(TransferRule):
         """Return the approaches of the last step, normalised; zero in the first call. Shape ``(P, P)``."""
         distances = context.distances
         if self._initial is None or self._previous is None:
+            assert context.parameters is not None
             norms = context.parameters.detach().float().nan_to_num(0.0, 0.0, 0.0).norm(dim=1)
             norms = norms.clamp(max=torch.finfo(norms.dtype).max / len(norms))  # the norm of huge parameters overflows
             least = self.floor * (len(norms) - 1) * norms.mean()
@@ -308,6 +335,10 @@ class AdvantageTransfer(TransferRule):
             raise ValueError("`smoothing` should be below 1, or nothing new is ever seen. Found 1.0.")
         self._neighborhood = _Neighborhood(num_neighbors, None)
         self._average: Tensor | None = None
+
+    def givers(self, preferences: Tensor) -> Tensor:
+        """Return the neighbours, shape ``(P, P)``, bool."""
+        return self._neighborhood.near(preferences)
 
     def received(self, context: TransferContext) -> Tensor:
         """Return the smoothed relative advantages over the neighbours, normalised; shape ``(P, P)``."""

@@ -20,13 +20,14 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "metrics": ({"core", "metrics"}, {"torch", "torchmetrics"}),
     "networks": ({"core", "networks"}, {"torch", "timm"}),
     "modules": ({"core", "metrics", "modules"}, _LIGHTNING),
+    "strategies": ({"core", "strategies"}, {"lightning", "torch"}),
     "callbacks": ({"core", "metrics", "callbacks"}, _LIGHTNING | {"matplotlib"}),
     "datamodules": (
         {"core", "metrics", "datamodules"},
         _LIGHTNING | {"torchvision", "sklearn", "matplotlib", "PIL", "scipy"},
     ),
     "cli": (
-        {"core", "metrics", "networks", "modules", "callbacks", "datamodules"},
+        {"core", "metrics", "networks", "modules", "strategies", "callbacks", "datamodules"},
         _LIGHTNING | {"jsonargparse", "yaml"},
     ),
 }

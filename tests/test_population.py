@@ -1186,81 +1186,7 @@ def test_clipping_without_gradients() -> None:
     assert torch.equal(Population(nn.Linear(3, 2), 3).clip_grad_norm_(1.0), torch.zeros(3))
 
 
-# ---------------------------------------------------------------------------------------------- rows: transfer
-
-
-def _mixing(size: int) -> Tensor:
-    return torch.rand(size, size).softmax(dim=1)
-
-
-def _reference_transfer(theta: Tensor, matrix: Tensor) -> Tensor:
-    step = torch.zeros_like(theta)
-    for i in range(len(theta)):
-        for j in range(len(theta)):
-            step[i] += (matrix[i, j] - (1.0 if i == j else 0.0)) * theta[j]
-    return step
-
-
-ALL_HEALTHY = torch.ones(SIZE, dtype=torch.bool)
-
-
-def test_the_transfer_step_is_the_matrix_less_the_identity_times_theta() -> None:
-    population = _population(_separate(_network("mlp")), "loop")
-    matrix = _mixing(SIZE)
-    step = population.transfer_step(matrix, ALL_HEALTHY, population.columns())
-    torch.testing.assert_close(step, _reference_transfer(population.theta.detach(), matrix))
-
-
-def test_the_transfer_step_leaves_theta_alone() -> None:
-    population = _population(_separate(_network("mlp")), "loop")
-    before = population.theta.detach().clone()
-    population.transfer_step(_mixing(SIZE), ALL_HEALTHY, population.columns())
-    assert torch.equal(population.theta, before)
-
-
-def test_the_identity_transfers_nothing() -> None:
-    population = _population(_separate(_network("mlp")), "loop")
-    assert not population.transfer_step(torch.eye(SIZE), ALL_HEALTHY, population.columns()).any()
-
-
-def test_the_filter_keeps_other_parameters_at_zero() -> None:
-    network = _network("mlp")
-    population = _population(_separate(network), "loop")
-    matrix = _mixing(SIZE)
-    expected = _reference_transfer(population.theta.detach(), matrix)
-    for name, part in _slots(population, network):
-        if not name.startswith("encoder."):
-            expected[:, part] = 0.0
-    step = population.transfer_step(matrix, ALL_HEALTHY, population.columns(["encoder.*"]))
-    torch.testing.assert_close(step, expected)
-    assert step.any()
-
-
-@pytest.mark.parametrize("patterns", [None, ["encoder.*"]])
-def test_an_unhealthy_row_does_not_spread(patterns: Sequence[str] | None) -> None:
-    population = _population(_separate(_network("mlp")), "loop")
-    healthy = torch.tensor([True, False, True, True])
-    matrix = _mixing(SIZE).masked_fill(~healthy, 0.0)
-    matrix[1] = torch.tensor([0.0, 1.0, 0.0, 0.0])
-    matrix = matrix / matrix.sum(dim=1, keepdim=True)
-    expected = population.transfer_step(matrix, ALL_HEALTHY, population.columns(patterns))
-    population.theta.data[1] = torch.nan
-    population.theta.data[1, 0] = torch.inf
-    step = population.transfer_step(matrix, healthy, population.columns(patterns))
-    torch.testing.assert_close(step[healthy], expected[healthy])
-    assert not step[1].any()
-
-
-def test_mixing_equal_subproblems_many_times_changes_nothing() -> None:
-    population = Population(nn.Linear(3, 2), 3)
-    before = population.theta.detach().clone()
-    matrix = torch.full((3, 3), 1.80155e-5)  # one minus twice this rounds by nearly half a unit in the last place
-    matrix.fill_diagonal_(0.0)
-    matrix += torch.diag(1.0 - matrix.sum(dim=1))
-    columns = population.columns()
-    for _ in range(10_000):
-        population.theta.data.add_(population.transfer_step(matrix, torch.ones(3, dtype=torch.bool), columns))
-    torch.testing.assert_close(population.theta.detach(), before, rtol=1e-5, atol=0)
+# ---------------------------------------------------------------------------------------------- rows: columns
 
 
 def _with_statistics() -> Population:
@@ -1268,56 +1194,6 @@ def _with_statistics() -> Population:
     for _ in range(3):
         population(_batch("batch_norm")[0])
     return population
-
-
-def test_mixing_buffers_mixes_the_floating_point_ones() -> None:
-    population = _with_statistics()
-    matrix = _mixing(SIZE)
-    before = [dict(population.member(row).named_buffers()) for row in range(SIZE)]
-    population.mix_buffers(matrix, ALL_HEALTHY)
-    for i in range(SIZE):
-        for name, buffer in population.member(i).named_buffers():
-            if buffer.is_floating_point():
-                expected = sum(matrix[i, j] * before[j][name] for j in range(SIZE))
-                torch.testing.assert_close(buffer, expected)
-            else:
-                assert torch.equal(buffer, before[i][name])
-
-
-def test_mixing_buffers_with_a_filter_leaves_others_alone() -> None:
-    population = _with_statistics()
-    before = {name: buffer.clone() for name, buffer in population.network.named_buffers()}
-    population.mix_buffers(_mixing(SIZE), ALL_HEALTHY, ["encoder.blocks.1.*var"])
-    changed = {name for name, buffer in population.network.named_buffers() if not torch.equal(buffer, before[name])}
-    assert changed == {"encoder.blocks.1.norm1.running_var", "encoder.blocks.1.norm2.running_var"}
-
-
-def test_mixing_buffers_does_not_spread_an_unhealthy_row() -> None:
-    population = _with_statistics()
-    healthy = torch.tensor([True, False, True, True])
-    matrix = _mixing(SIZE).masked_fill(~healthy, 0.0)
-    matrix[1] = torch.tensor([0.0, 1.0, 0.0, 0.0])
-    matrix = matrix / matrix.sum(dim=1, keepdim=True)
-    for buffer in population.buffers():
-        if buffer.is_floating_point():
-            buffer[1] = torch.nan
-    population.mix_buffers(matrix, healthy)
-    for row in (0, 2, 3):
-        assert all(buffer.isfinite().all() for buffer in population.member(row).buffers())
-
-
-def test_mixing_buffers_keeps_infinite_constants() -> None:
-    population = Population(_Masked(), SIZE)
-    population.mix_buffers(_mixing(SIZE), ALL_HEALTHY)
-    assert torch.equal(population.member(0).get_buffer("mask"), _Masked().mask)
-
-
-def test_mixing_buffers_accepts_empty_ones() -> None:
-    network = nn.Linear(3, 2)
-    network.register_buffer("queue", torch.empty(0, 3))
-    population = Population(network, SIZE)
-    population.mix_buffers(_mixing(SIZE), ALL_HEALTHY)
-    assert population.member(0).get_buffer("queue").shape == (0, 3)
 
 
 def test_columns_of_all_parameters() -> None:

@@ -118,7 +118,7 @@ def _permuted(context: TransferContext, order: Tensor, preferences: Tensor) -> T
     return TransferContext(
         preferences=preferences,
         losses=context.losses[order],
-        parameters=context.parameters[order],
+        parameters=None if context.parameters is None else context.parameters[order],
         step=context.step,
         learning_rate=context.learning_rate,
         healthy=context.healthy[order],
@@ -268,6 +268,7 @@ def test_the_inputs_are_left_alone(rule_type: type[TransferRule]) -> None:
     for _ in range(20):
         rule = rule_type()
         for context in _run(rng):
+            assert context.parameters is not None
             fields = (context.preferences, context.losses, context.parameters, context.healthy)
             before = [field.clone() for field in fields]
             rule(context)

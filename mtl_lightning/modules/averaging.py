@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -43,6 +43,10 @@ class LossAverage:
         """Forget everything."""
         self._sums = None
         self._counts = [0] * len(self._counts)
+
+    def rearrange(self, move: Callable[[Tensor], Tensor]) -> None:
+        """Replace the rows of the sums, shape ``(P, T)``, by ``move`` of them."""
+        self._sums = None if self._sums is None else move(self._sums)
 
     def state_dict(self) -> dict[str, Any]:
         """Return sums and counts."""

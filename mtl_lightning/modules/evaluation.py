@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +22,16 @@ class PopulationEvaluation(nn.Module):
     Args:
         tasks: The tasks; their metrics are cloned for each subproblem.
         size: The number of subproblems ``P``.
+
+    Attributes:
+        group: The processes that evaluate the same subproblems, over which metrics are synchronised; ``None`` for all.
     """
 
     def __init__(self, tasks: Sequence[Task], size: int) -> None:
         super().__init__()
         self.task_names = [task.name for task in tasks]
+        self.group: Any = None
+        self._size = size
         # No buffers: half precision would convert them with the model, and they are made anew for each pass.
         self.sums = torch.zeros(size, len(tasks))
         self.counts = torch.zeros(len(tasks))
@@ -42,12 +47,14 @@ class PopulationEvaluation(nn.Module):
         """Forget everything; ``size`` is the number of subproblems from now on."""
         self.sums = torch.zeros(size, len(self.task_names), device=device, dtype=torch.float32)
         self.counts = torch.zeros(len(self.task_names), device=device, dtype=torch.float32)
+        self._size = size
         for key, metrics in self._named():
             clones = [metrics[0].clone() for _ in range(len(metrics), size)]
-            self.metrics[key] = nn.ModuleList([*metrics[:size], *clones])
+            self.metrics[key] = nn.ModuleList([*metrics[: max(size, 1)], *clones])  # one to clone always remains
         for _, metrics in self._named():
             for metric in metrics:
                 metric.reset()
+                metric.process_group = self.group
 
     def update(
         self,
@@ -71,7 +78,7 @@ class PopulationEvaluation(nn.Module):
         for key, metrics in self._named():
             name = key.rsplit("/", 1)[1]
             if name in present:
-                for index, metric in enumerate(metrics):
+                for index, metric in enumerate(metrics[: self._size]):
                     metric.update(outputs[name][index], targets[name])
 
     def compute(self, reduce: Callable[[Tensor], Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -85,10 +92,10 @@ class PopulationEvaluation(nn.Module):
         failed = ~losses[:, counts > 0].isfinite().all(dim=1)
         values = {}
         for key, metrics in self._named():
-            results = [metric.compute() for metric in metrics]
+            results = [metric.compute() for metric in metrics[: self._size]]
             if not all(isinstance(result, Tensor) and result.ndim == 0 for result in results):
                 raise ValueError(f"The metric {key!r} should compute a scalar. Found {results[0]!r}.")
-            values[key] = torch.stack(results).float()
+            values[key] = torch.stack(results).float() if results else losses.new_zeros(0)
         # A class decided by comparing NaN is no result, although a metric may count it.
         return losses, {key: value.masked_fill(failed, torch.nan) for key, value in values.items()}
 

@@ -613,6 +613,9 @@ class _LeftOut(TransferRule):
         super().__init__()
         self.rule, self.subproblem, self.step = rule, subproblem, step
 
+    def givers(self, preferences: Tensor) -> Tensor | None:
+        return self.rule.givers(preferences)
+
     def received(self, context: TransferContext) -> Tensor:
         received = self.rule.received(context)
         if context.step >= self.step:

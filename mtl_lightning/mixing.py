@@ -1,0 +1,151 @@
+"""The transfer of parameters: ``(M - I) theta`` for a population that may be spread over processes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mtl_lightning.population import Population
+from mtl_lightning.population_shards import RowExchange, Shards
+
+
+class Mixing:
+    """Computes what a transfer adds to the parameters, and mixes the buffers.
+
+    Only rows that may have weight are exchanged among processes, while they compute the gradients: a transfer uses the
+    parameters of before the step. Where a rule names its givers the sum runs over them in a fixed order, so that the
+    result does not depend on the number of processes, to the last bit.
+
+    Args:
+        population: The subproblems of this process.
+        shards: Who holds which subproblem.
+        givers: Whom each subproblem may hear of, shape ``(P, P)``, bool; ``None`` for all.
+        patterns: Shell patterns of the names of the parameters and buffers that are mixed; all by default.
+
+    Raises:
+        ValueError: If a pattern matches nothing.
+    """
+
+    def __init__(
+        self,
+        population: Population,
+        shards: Shards,
+        givers: Tensor | None = None,
+        patterns: Sequence[str] | None = None,
+    ) -> None:
+        self.population = population
+        self.shards = shards
+        self.patterns = patterns
+        self._columns = population.columns(patterns)
+        device = population.theta.device
+        givers = None if givers is None else givers.cpu()
+        self.exchange = RowExchange(shards, givers)
+        self._held = torch.tensor(self.exchange.held, dtype=torch.long, device=device)
+        self._own = torch.arange(shards.own.start, shards.own.stop, device=device)
+        self._slots: list[tuple[Tensor, Tensor, Tensor]] | None = None
+        if givers is not None:
+            self._slots = [tuple(part.to(device) for part in slot) for slot in self._find_slots(givers)]  # type: ignore[misc]
+        self._started = False
+
+    def start(self) -> None:
+        """Send off the parameters; they must not change before :meth:`step`."""
+        self.exchange.start(self._picked(self.population.theta.detach()))
+        self._started = True
+
+    @torch.no_grad()
+    def receive(self) -> Tensor:
+        """Return the parameters of the subproblems that this process hears of, in the columns that are mixed.
+
+        Without givers these are all subproblems, shape ``(P, N)``.
+        """
+        if not self._started:
+            self.start()
+        self._started = False
+        return self.exchange.finish()
+
+    @torch.no_grad()
+    def step(self, rows: Tensor, matrix: Tensor, healthy: Tensor) -> Tensor:
+        """Return ``(M - I) theta`` for the subproblems of this process, shape ``(p, D)``.
+
+        Args:
+            rows: What :meth:`receive` returned.
+            matrix: ``M``, shape ``(P, P)``; its rows sum to one.
+            healthy: Shape ``(P,)``, bool. The rows of the others may hold NaN; ``M`` gives them no weight.
+        """
+        mixed = self._product(rows, self._weights(matrix, healthy), healthy)
+        theta = self.population.theta
+        if mixed.shape[1] == theta.shape[1]:
+            return mixed
+        step = torch.zeros_like(theta)
+        pieces = torch.split(mixed, [part.stop - part.start for part in self._columns], dim=1)
+        for part, piece in zip(self._columns, pieces, strict=True):
+            step[:, part] = piece
+        return step
+
+    @torch.no_grad()
+    def mix_buffers(self, matrix: Tensor, healthy: Tensor) -> None:
+        """Replace every floating-point buffer by its mixture under ``matrix``; others stay."""
+        buffers = self.population.floating_buffers(self.patterns)
+        if not buffers:
+            return
+        weights = self._weights(matrix, healthy)
+        for dtype in sorted({buffer.dtype for buffer in buffers}, key=str):
+            some = [buffer for buffer in buffers if buffer.dtype == dtype]
+            own = torch.cat([buffer.view(len(buffer), buffer.shape[1:].numel()) for buffer in some], dim=1)
+            self.exchange.start(own)
+            rows = self.exchange.finish()
+            # Infinite entries are constants, such as those of attention masks, and stay.
+            step = self._product(rows.masked_fill(~rows.isfinite(), 0.0), weights, healthy)
+            widths = [buffer.shape[1:].numel() for buffer in some]
+            for buffer, piece in zip(some, torch.split(step, widths, dim=1), strict=True):
+                buffer.add_(piece.view_as(buffer))
+
+    def _picked(self, theta: Tensor) -> Tensor:
+        if self._columns == [slice(0, theta.shape[1])]:
+            return theta
+        if not self._columns:
+            return theta[:, :0]
+        return torch.cat([theta[:, part] for part in self._columns], dim=1)
+
+    def _weights(self, matrix: Tensor, healthy: Tensor) -> Tensor:
+        """Return the rows of ``M - I`` of this process, shape ``(p, P)``; a sick subproblem receives nothing."""
+        mixing = matrix - torch.eye(len(matrix), device=matrix.device, dtype=matrix.dtype)
+        return mixing.masked_fill(~healthy.unsqueeze(1), 0.0)[self.shards.members]
+
+    def _product(self, rows: Tensor, weights: Tensor, healthy: Tensor) -> Tensor:
+        # NaN times zero is NaN: the rows without weight are replaced before the product.
+        rows = rows.masked_fill(~healthy[self._held].unsqueeze(1), 0.0)
+        weights = weights.to(rows.dtype)
+        if self._slots is None:
+            return weights @ rows
+        product = torch.zeros(len(self._own), rows.shape[1], dtype=rows.dtype, device=rows.device)
+        for givers, places, is_used in self._slots:
+            share = torch.where(is_used, weights.gather(1, givers.unsqueeze(1)).squeeze(1), 0.0)
+            product.addcmul_(share.unsqueeze(1), rows[places])
+        return product
+
+    def _find_slots(self, givers: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Return, for each summand, whom every subproblem hears of in it, where that row is, and whether it counts.
+
+        Everyone hears of itself first, then of its givers in their order; who has fewer than others hears of itself,
+        without weight.
+        """
+        given = [
+            [index, *(giver for giver in givers[index].nonzero().flatten().tolist() if giver != index)]
+            for index in range(self.shards.size)
+        ]
+        places = {index: place for place, index in enumerate(self.exchange.held)}
+        slots = []
+        for number in range(max(map(len, given))):
+            chosen = [given[index][number] if number < len(given[index]) else index for index in self.shards.own]
+            used = [number < len(given[index]) for index in self.shards.own]
+            slots.append(
+                (
+                    torch.tensor(chosen, dtype=torch.long),
+                    torch.tensor([places[index] for index in chosen], dtype=torch.long),
+                    torch.tensor(used, dtype=torch.bool),
+                )
+            )
+        return slots
