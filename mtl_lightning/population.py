@@ -28,6 +28,7 @@ _log = logging.getLogger(__name__)
 _ALIGNMENT = 16
 
 Backend = Literal["vmap", "loop"]
+Compiler = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 class _Slot(NamedTuple):
@@ -58,6 +59,9 @@ class Population(nn.Module):
             same.
         chunk_size: With ``"vmap"``, how many subproblems share one graph and one backward pass. All by default; a
             smaller number bounds the memory of activations.
+        compiler: Compiles the evaluation of the network, such as ``torch.compile`` or ``functools.partial(
+            torch.compile, mode="reduce-overhead")``: that of all subproblems at once under vmap, that of one, used for
+            all of them, in the loop. Nothing is compiled by default.
 
     Attributes:
         theta: The trainable parameters, shape ``(P, D)``, zero-padded so that each parameter is aligned.
@@ -65,14 +69,15 @@ class Population(nn.Module):
             cannot be called; use :meth:`member`.
 
     Raises:
-        ValueError: If ``size`` or ``chunk_size`` is less than one, if nothing is trainable, or if
-            ``init="independent"`` cannot reach every trainable parameter.
+        ValueError: If ``size`` or ``chunk_size`` is less than one, if nothing is trainable, if ``network`` is compiled
+            already, or if ``init="independent"`` cannot reach every trainable parameter.
         TypeError: If the trainable parameters differ in dtype or are not floating-point.
 
     Note:
         Limits: the trainable parameters share one dtype, and one set of hyper-parameters in the optimiser. Tensors
         that a network keeps as plain attributes are shared by all subproblems. ``torch.utils.checkpoint`` inside the
-        network is not supported: it calls layers again when their parameters are no longer in place.
+        network is not supported: it calls layers again when their parameters are no longer in place. With a
+        ``compiler`` buffers have to be updated in place, and random numbers in the network are those of the compiler.
 
     Example:
         >>> import torch
@@ -93,6 +98,7 @@ class Population(nn.Module):
         init: Literal["common", "independent"] = "common",
         backend: Literal["vmap", "loop", "auto"] = "auto",
         chunk_size: int | None = None,
+        compiler: Compiler | None = None,
     ) -> None:
         super().__init__()
         if size < 1:
@@ -105,8 +111,15 @@ class Population(nn.Module):
             raise ValueError(f"`init` should be 'common' or 'independent'. Found {init!r}.")
         if backend not in ("vmap", "loop", "auto"):
             raise ValueError(f"`backend` should be 'vmap', 'loop' or 'auto'. Found {backend!r}.")
+        if hasattr(network, "_orig_mod"):
+            raise ValueError(
+                "`network` should be a plain module; the population compiles it (`compiler=torch.compile`). Found the "
+                "result of `torch.compile`, which would not be compiled under vmap."
+            )
         self.backend: Literal["vmap", "loop", "auto"] = backend
         self.chunk_size = chunk_size
+        self.compiler = compiler
+        self._compiled: dict[Backend, Callable[..., Any]] = {}
         self._chosen: Backend = "loop" if backend == "auto" else backend
 
         self.network = copy.deepcopy(network)
@@ -404,17 +417,9 @@ class Population(nn.Module):
         slots = self._buffer_slots()
         buffers = [buffer[members] for _, _, buffer in slots]
 
-        def one(row: Tensor, own: Sequence[Tensor], inputs: Any, targets: Any) -> tuple[Any, list[Tensor]]:
-            outputs, updated = self._call(row, own, inputs)
-            return function(outputs, targets), updated
-
         if self._chosen == "vmap":
-            batched = _dimensions((inputs, targets)) if per_subproblem else (None, None)
-            in_dims = (0, 0 if buffers else None, *batched)
             try:
-                results, updated = torch.vmap(one, in_dims=in_dims, randomness="different")(
-                    rows, buffers, inputs, targets
-                )
+                results, updated = self._run_stacked(rows, buffers, function, inputs, targets, per_subproblem)
             except UserInputError:
                 raise
             except (RuntimeError, ValueError, NotImplementedError) as error:
@@ -431,12 +436,54 @@ class Population(nn.Module):
             mine, target = inputs, targets
             if per_subproblem:
                 mine, target = _sliced((inputs, targets), index)
-            result, updated = one(row, own, mine, target)
+            outputs, updated = self._call_one()(row, own, mine)
+            result = function(outputs, target)
             for (module, name, _), buffer, new in zip(slots, own, updated, strict=True):
                 if new is not buffer:
                     _replace_rows(module, name, range(self.size)[members][index], new)
             collected.append(result)
         return pytree.tree_map(lambda *results: torch.stack(results), *collected)
+
+    def _run_stacked(
+        self,
+        rows: Tensor,
+        buffers: list[Tensor],
+        function: Callable[[Any, Any], Any],
+        inputs: Any,
+        targets: Any,
+        per_subproblem: bool,
+    ) -> tuple[Any, list[Tensor]]:
+        batched = _dimensions((inputs, targets)) if per_subproblem else (None, None)
+        in_dims = (0, 0 if buffers else None, *batched)
+        if self.compiler is None:
+
+            def one(row: Tensor, own: Sequence[Tensor], inputs: Any, targets: Any) -> tuple[Any, list[Tensor]]:
+                outputs, updated = self._call(row, own, inputs)
+                return function(outputs, targets), updated
+
+            return torch.vmap(one, in_dims=in_dims, randomness="different")(rows, buffers, inputs, targets)
+
+        # Losses are the user's, who may do in them what a compiler cannot follow.
+        def network(rows: Tensor, buffers: list[Tensor], inputs: Any) -> tuple[Any, list[Tensor]]:
+            dims = (0, 0 if buffers else None, _dimensions(inputs) if per_subproblem else None)
+            return torch.vmap(self._call, in_dims=dims, randomness="different")(rows, buffers, inputs)
+
+        if "vmap" not in self._compiled:
+            self._compiled["vmap"] = self.compiler(network)
+        outputs, updated = self._compiled["vmap"](rows, buffers, inputs)
+        return torch.vmap(function, in_dims=(0, in_dims[-1]))(outputs, targets), updated
+
+    def _call_one(self) -> Callable[..., Any]:
+        if self.compiler is None:
+            return self._call
+        if "loop" not in self._compiled:
+            self._compiled["loop"] = self.compiler(self._call)
+        return self._compiled["loop"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What was compiled refers to this object, not to a copy of it.
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        return state | {"_compiled": {}}
 
     def _explain_vmap(self, error: Exception) -> None:
         if isinstance(error, torch.OutOfMemoryError):

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo import lookup_backend
 from torch.nn import functional
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
@@ -1184,6 +1185,68 @@ def test_clipping_keeps_an_infinite_gradient_in_its_row() -> None:
 
 def test_clipping_without_gradients() -> None:
     assert torch.equal(Population(nn.Linear(3, 2), 3).clip_grad_norm_(1.0), torch.zeros(3))
+
+
+# ------------------------------------------------------------------------------------------------------- compiled
+
+
+class _Counting:
+    """Compiles without generating code, and counts graphs and their runs."""
+
+    def __init__(self) -> None:
+        self.graphs = self.runs = 0
+
+    def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        return torch.compile(function, backend=self._compile)
+
+    def _compile(self, graph: Any, examples: Any) -> Callable[..., Any]:
+        self.graphs += 1
+        compiled = lookup_backend("aot_eager")(graph, examples)
+
+        def run(*arguments: Any) -> Any:
+            self.runs += 1
+            return compiled(*arguments)
+
+        return run
+
+
+@pytest.mark.parametrize(("kind", "per_subproblem"), [("mlp", True), ("batch_norm", False)])
+@pytest.mark.parametrize(("backend", "runs"), [("vmap", 3), ("loop", 3 * SIZE)])
+def test_compiled_and_plain_are_the_same(kind: str, backend: str, runs: int, per_subproblem: bool) -> None:
+    torch._dynamo.reset()
+    network, compiler = _network(kind), _Counting()
+    plain = Population(network, SIZE, backend=backend)  # type: ignore[arg-type]
+    compiled = Population(network, SIZE, backend=backend, compiler=compiler)  # type: ignore[arg-type]
+    plain.theta.data.add_(0.1 * torch.randn_like(plain.theta))
+    compiled.theta.data.copy_(plain.theta)
+    for _ in range(3):
+        inputs, targets = _batch(kind)
+        if per_subproblem:
+            inputs = torch.stack([inputs + index for index in range(SIZE)])
+            targets = {task: target.expand(SIZE, *target.shape) for task, target in targets.items()}
+        for population in (plain, compiled):
+            for chunk in population.chunks():
+                chunk.evaluate(_losses, inputs, targets, per_subproblem).sum().backward()
+    assert compiler.graphs == 1  # one for all subproblems
+    assert compiler.runs == runs
+    torch.testing.assert_close(compiled.theta.grad, plain.theta.grad)
+    for found, expected in zip(compiled.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_a_copy_of_a_compiled_population_is_compiled_anew() -> None:
+    population = Population(_network("mlp"), SIZE, backend="loop", compiler=_Counting())
+    inputs, _ = _batch("mlp")
+    before = population(inputs)["left"].detach()
+    other = copy.deepcopy(population)
+    other.theta.data.zero_()
+    assert not other(inputs)["left"].any()
+    assert torch.equal(population(inputs)["left"], before)
+
+
+def test_a_compiled_network_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"should be a plain module.*compiler=torch\.compile"):
+        Population(torch.compile(_network("mlp")), SIZE)  # type: ignore[arg-type]
 
 
 # ---------------------------------------------------------------------------------------------- rows: columns

@@ -12,7 +12,7 @@ from mtl_lightning.growth import Growth
 from mtl_lightning.mixing import Mixing
 from mtl_lightning.modules.base import LRSchedulerCallable, LRSchedulerInterval, OptimizerCallable, check_count
 from mtl_lightning.modules.population import Part, PopulationModule, check_kinds
-from mtl_lightning.population import Chunk
+from mtl_lightning.population import Chunk, Compiler
 from mtl_lightning.preferences import check_preferences
 from mtl_lightning.scalarization import Linear, Scalarization
 from mtl_lightning.task import Task
@@ -59,6 +59,8 @@ class MT2OModule(PopulationModule):
         backend: ``"vmap"``, ``"loop"``, or ``"auto"``, which times both on the first batch; see
             :class:`~mtl_lightning.population.Population`.
         chunk_size: How many subproblems share one backward pass under vmap.
+        compiler: Compiles the evaluation of the network, such as ``torch.compile``; see
+            :class:`~mtl_lightning.population.Population`.
 
     Attributes:
         population: The subproblems, a :class:`~mtl_lightning.population.Population`.
@@ -121,6 +123,7 @@ class MT2OModule(PopulationModule):
         on_nonfinite: Literal["reseed", "freeze", "raise"] = "reseed",
         backend: Literal["auto", "vmap", "loop"] = "auto",
         chunk_size: int | None = None,
+        compiler: Compiler | None = None,
     ) -> None:
         check_kinds(("scalarization", scalarization, Scalarization | None), ("transfer", transfer, TransferRule | None))
         super().__init__(
@@ -139,6 +142,7 @@ class MT2OModule(PopulationModule):
             on_nonfinite=on_nonfinite,
             backend=backend,
             chunk_size=chunk_size,
+            compiler=compiler,
         )
         check_count("transfer_every", transfer_every)
         if isinstance(transfer_parameters, str):

@@ -25,7 +25,7 @@ from mtl_lightning.modules.base import (
     OptimizerCallable,
 )
 from mtl_lightning.modules.evaluation import PopulationEvaluation
-from mtl_lightning.population import Chunk, Population, UserInputError
+from mtl_lightning.population import Chunk, Compiler, Population, UserInputError
 from mtl_lightning.population_shards import Shards
 from mtl_lightning.preferences import check_preferences
 from mtl_lightning.seeds import mix_seed, seed_generators
@@ -78,6 +78,8 @@ class PopulationModule(MultiTaskModule):
         on_nonfinite: What becomes of a subproblem that is not finite: ``"reseed"``, ``"freeze"`` or ``"raise"``.
         backend: ``"vmap"``, ``"loop"`` or ``"auto"``.
         chunk_size: How many subproblems share one backward pass under vmap.
+        compiler: Compiles the evaluation of the network, such as ``torch.compile``; see
+            :class:`~mtl_lightning.population.Population`.
 
     Attributes:
         population: The subproblems of this process, a :class:`~mtl_lightning.population.Population`.
@@ -101,6 +103,7 @@ class PopulationModule(MultiTaskModule):
         on_nonfinite: Literal["reseed", "freeze", "raise"] = "reseed",
         backend: Literal["auto", "vmap", "loop"] = "auto",
         chunk_size: int | None = None,
+        compiler: Compiler | None = None,
     ) -> None:
         super().__init__(
             tasks=tasks,
@@ -128,7 +131,9 @@ class PopulationModule(MultiTaskModule):
         self._stages = [Stage(preferences, ())] if growth is None else growth.stages(preferences)
         self._stage = 0
         size = len(self._stages[0].preferences)
-        self.population = Population(network, size, init=init, backend=backend, chunk_size=chunk_size)
+        self.population = Population(
+            network, size, init=init, backend=backend, chunk_size=chunk_size, compiler=compiler
+        )
         self.shards = Shards(size)
         self._data_group: Any = None  # the processes with the same subproblems; None for all
         self._data_ranks = (0, 1)
