@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from mtl_lightning.callbacks.objectives import Direction, ObjectivesCallback, Points, attached
-from mtl_lightning.callbacks.output import draw, write_picture, write_rows
+from mtl_lightning.callbacks.output import draw, write_atomically, write_picture, write_rows
 from mtl_lightning.pareto import hypervolume, is_nondominated
 
 if TYPE_CHECKING:
@@ -38,8 +39,9 @@ class HypervolumeCallback(ObjectivesCallback):
     there (that is, with ``val_check_interval`` or ``check_val_every_n_epoch`` other than 1) has to stand behind this
     callback in the trainer's list, or it finds no value at first and then that of the validation before.
 
-    Files, from rank zero and each whole or not at all: ``hypervolume.csv`` (``epoch``, ``step`` and both values) after
-    each validation, and its curve, ``hypervolume.png``, when fitting ends. ``trainer.validate`` adds a row as well,
+    Files, from rank zero and each whole or not at all: ``hypervolume.csv`` (``epoch``, ``step`` and both values) and
+    ``hypervolume.json`` (``reference_point``, from objective to number) after each validation, and the curve,
+    ``hypervolume.png``, when fitting ends. ``trainer.validate`` adds a row as well,
     ``fast_dev_run`` writes nothing. Curve, reference point and front are part of the checkpoint.
 
     Args:
@@ -126,6 +128,7 @@ class HypervolumeCallback(ObjectivesCallback):
         self._publish(trainer, pl_module, row, can_log)
         if self.folder is not None and trainer.is_global_zero:
             write_rows(self._path(self.folder, "csv"), list(row), self._curve)
+            self._write_reference_point(self._path(self.folder, "json"))
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draw the curve."""
@@ -258,6 +261,16 @@ class HypervolumeCallback(ObjectivesCallback):
 
     def _path(self, folder: Path, suffix: str) -> Path:
         return folder / f"{self.name.replace('/', '-')}.{suffix}"
+
+    def _write_reference_point(self, path: Path) -> None:
+        values = self._reference_point
+        point = {} if values is None else dict(zip(self.objectives, values, strict=True))
+        text = json.dumps({"reference_point": point}, ensure_ascii=False) + "\n"
+
+        def write(temporary: Path) -> None:
+            temporary.write_text(text, encoding="utf-8")
+
+        write_atomically(path, write)
 
     def _described(self, values: Sequence[float]) -> str:
         return ", ".join(f"{name} {value:.6g}" for name, value in zip(self.objectives, values, strict=True))

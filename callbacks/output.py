@@ -1,4 +1,8 @@
-"""Where callbacks leave their files, and how: whole or not at all, from rank zero only."""
+"""Where callbacks leave their files, and how: whole or not at all, from rank zero only.
+
+A file that cannot be written, as on a full disk, does not stop a run: there is one warning, the file of before stays as
+it is, and the next write tries again. What the tables hold is in the checkpoints as well.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +10,18 @@ import csv
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import numpy as np
+from lightning.pytorch.utilities import rank_zero_warn
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+_told: set[tuple[Path, str]] = set()  # folders that could not be written, and why
 
 
 def output_folder(trainer: pl.Trainer, dirpath: str | Path | None, default: str) -> Path | None:
@@ -33,6 +41,7 @@ def output_folder(trainer: pl.Trainer, dirpath: str | Path | None, default: str)
     folder = Path(log_dir or trainer.default_root_dir) / default if dirpath is None else Path(dirpath)
     if trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a connector
         return None
+    _told.difference_update([known for known in _told if known[0] == folder])  # another run is told again
     problem: str | None = None
     if trainer.is_global_zero:
         try:
@@ -47,14 +56,38 @@ def output_folder(trainer: pl.Trainer, dirpath: str | Path | None, default: str)
     return folder
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let ``write`` fill a temporary file beside ``path``, then put it in the place of ``path`` in one step."""
+def write_atomically(path: Path, write: Callable[[Path], None]) -> bool:
+    """Let ``write`` fill a temporary file beside ``path``, then put it in the place of ``path`` in one step.
+
+    Returns:
+        Whether that was possible. If not, there is one warning for each folder and reason.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        try:
+            write(temporary)
+            _sync(temporary)
+            os.replace(temporary, path)
+        finally:
+            with suppress(OSError):  # where nothing can be written, it is the first error that counts
+                temporary.unlink(missing_ok=True)
+    except OSError as error:
+        # Raised, it would stop rank zero alone, and the others would wait for it.
+        reason = error.strerror or str(error)
+        if (path.parent, reason) not in _told:
+            _told.add((path.parent, reason))
+            rank_zero_warn(
+                f"Callbacks should be able to write to {str(path.parent)!r}. Found: {reason}. Training goes on, and "
+                "files that were there before are whole; each is tried again at its next turn."
+            )
+        return False
+    return True
+
+
+def _sync(path: Path) -> None:
+    """Force the content of a file to the disk, so that no machine that loses its power leaves an empty one."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def write_rows(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mtl_lightning.callbacks.objectives import Direction, ObjectivesCallback, Points, attached
-from mtl_lightning.callbacks.output import draw, log_picture, write_picture, write_rows
+from mtl_lightning.callbacks.objectives import Direction, ObjectivesCallback, Points, attached, is_population
+from mtl_lightning.callbacks.output import draw, log_picture, write_atomically, write_picture, write_rows
 from mtl_lightning.pareto import is_nondominated
 
 if TYPE_CHECKING:
@@ -37,8 +38,10 @@ class ParetoFrontCallback(ObjectivesCallback):
     not at all:
 
     - ``archive.csv``, after each validation: ``epoch``, ``step`` (``trainer.global_step``), ``subproblem``,
-      ``preference/<task>`` for a population, one column per objective in its own unit, and ``nondominated``;
+      ``preference/<task>`` for a population, one column per objective in its own unit, for a population its other
+      losses and metrics, and ``nondominated``;
     - ``front.csv``, after each validation: its non-dominated rows;
+    - ``objectives.json``, after each validation: ``"min"`` or ``"max"`` of each objective;
     - ``front-epoch=003-step=000123.png``, after each validation, and ``front.png`` when fitting ends: two objectives as
       a plane, three in space, more as parallel coordinates. Axes span the front and the latest points, so that the
       first epochs do not squeeze the rest.
@@ -108,7 +111,7 @@ class ParetoFrontCallback(ObjectivesCallback):
 
     def observe(self, trainer: pl.Trainer, pl_module: pl.LightningModule, points: Points, can_log: bool) -> None:
         """Add the points, write the tables, draw the figure."""
-        self._rows += self._as_rows(trainer, points)
+        self._rows += self._as_rows(trainer, points, self._others(pl_module))
         self._num_validations += 1
         if self.folder is None or not trainer.is_global_zero or len(points.values) == 0:
             return
@@ -169,7 +172,21 @@ class ParetoFrontCallback(ObjectivesCallback):
         self._rows = [dict(row) for row in rows]
         self._num_validations = state_dict["num_validations"]
 
-    def _as_rows(self, trainer: pl.Trainer, points: Points) -> list[dict[str, int | float]]:
+    def _others(self, pl_module: pl.LightningModule) -> dict[str, list[float]]:
+        """Return what else a population knows of its models, one value for each, by name. All ranks have to call it."""
+        if not is_population(pl_module):
+            return {}
+        found = dict(zip(pl_module.task_names, pl_module.objective_values.unbind(dim=1), strict=True))
+        taken = {*_OWN_COLUMNS, *self.objectives, *(_PREFERENCE + name for name in self.reader.preference_names)}
+        return {
+            name: values.detach().double().cpu().tolist()
+            for name, values in (found | dict(pl_module.metric_values)).items()
+            if name not in taken
+        }
+
+    def _as_rows(
+        self, trainer: pl.Trainer, points: Points, others: Mapping[str, Sequence[float]]
+    ) -> list[dict[str, int | float]]:
         rows: list[dict[str, int | float]] = []
         for index, (subproblem, values) in enumerate(zip(points.subproblems, points.values.tolist(), strict=True)):
             row: dict[str, int | float] = {
@@ -180,7 +197,8 @@ class ParetoFrontCallback(ObjectivesCallback):
             if points.preferences is not None:
                 keys = [_PREFERENCE + name for name in self.reader.preference_names]
                 row |= dict(zip(keys, points.preferences[index].tolist(), strict=True))
-            rows.append(row | dict(zip(self.objectives, values, strict=True)))
+            row |= dict(zip(self.objectives, values, strict=True))
+            rows.append(row | {name: column[subproblem] for name, column in others.items()})
         return rows
 
     def _values(self) -> Tensor:
@@ -195,6 +213,12 @@ class ParetoFrontCallback(ObjectivesCallback):
         columns = list(archive[-1])
         write_rows(folder / "archive.csv", columns, archive)
         write_rows(folder / "front.csv", columns, [row for row in archive if row["nondominated"]])
+        text = json.dumps(dict(self.objectives), ensure_ascii=False) + "\n"
+
+        def write(temporary: Path) -> None:
+            temporary.write_text(text, encoding="utf-8")
+
+        write_atomically(folder / "objectives.json", write)
 
 
 def _draw_front(

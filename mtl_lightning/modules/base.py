@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import inspect
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal
+from pathlib import Path
+from typing import IO, Any, Literal
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from mtl_lightning.modules.checkpoint_io import AtomicCheckpointIO, read_checkpoint
+from mtl_lightning.modules.checkpoints import check_record, check_shapes, make_record, population_facts
+from mtl_lightning.modules.preemption import DeferredSignals
 from mtl_lightning.modules.resuming import make_up_for_validation, missed_validation
+from mtl_lightning.modules.waiting import meeting
 from mtl_lightning.population import UserInputError
 from mtl_lightning.seeds import mix_seed, seed_generators
 from mtl_lightning.task import Task, check_tasks
@@ -47,6 +56,13 @@ class MultiTaskModule(LightningModule):
         Lightning refuses ``Trainer(gradient_clip_val=...)`` and ``Trainer(accumulate_grad_batches=...)`` in manual
         optimisation; the two arguments above take their place. Random numbers drawn within a batch (dropout) depend on
         the seed, the batch and the rank alone, so that a run resumed after any batch equals the uninterrupted one.
+
+        Checkpoints are written whole or not at all, and read with ``weights_only=True``, on one device and with DDP: in
+        the place of Lightning's ``TorchCheckpointIO`` the trainer is given an
+        :class:`~mtl_lightning.modules.checkpoint_io.AtomicCheckpointIO`. One that is not of this module is refused with
+        all that differs. Signals that Lightning acts on (``SIGTERM``, and ``SIGUSR1`` on SLURM with ``auto_requeue``)
+        wait for the end of the batch, or of the validation, so that the checkpoint written then is exact; allow for
+        that time when a signal is ordered (``sbatch --signal=SIGUSR1@90``).
     """
 
     def __init__(
@@ -89,6 +105,8 @@ class MultiTaskModule(LightningModule):
         self._seed: int | None = None
         self._monitored: float | None = None
         self._has_validated = False
+        self._in_batch = False
+        self._signals = DeferredSignals()
         # Losses may hold buffers of their own (class weights), which have to move with the module.
         self._losses = nn.ModuleList(task.loss for task in self.tasks if isinstance(task.loss, nn.Module))
 
@@ -176,7 +194,8 @@ class MultiTaskModule(LightningModule):
 
     def reduced(self, tensor: Tensor, operation: Literal["mean", "sum"]) -> Tensor:
         """Return the mean or the sum of ``tensor`` over the ranks, equal on all of them; it may be changed."""
-        reduced = self.trainer.strategy.reduce(tensor, reduce_op=operation)
+        with meeting(self.trainer.strategy):
+            reduced = self.trainer.strategy.reduce(tensor, reduce_op=operation)
         assert isinstance(reduced, Tensor)
         return reduced
 
@@ -211,7 +230,7 @@ class MultiTaskModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
     def configure_callbacks(self) -> list[Any]:
-        """Refuse trainer flags that do not reach manual optimisation; add no callback."""
+        """Refuse trainer flags that do not reach manual optimisation; see to checkpoints; add no callback."""
         # Lightning refuses them as well, a little later, but cannot name our arguments.
         if self.trainer.gradient_clip_val is not None:
             raise MisconfigurationException(
@@ -223,6 +242,10 @@ class MultiTaskModule(LightningModule):
                 f"Gradients are accumulated by `{type(self).__name__}(accumulate_batches=...)`. "
                 f"Found `Trainer(accumulate_grad_batches={self.trainer.accumulate_grad_batches})`; remove it."
             )
+        strategy = self.trainer.strategy
+        is_plain = isinstance(strategy, SingleDeviceStrategy | DDPStrategy)
+        if is_plain and type(strategy.checkpoint_io) is TorchCheckpointIO:  # else it is the user's choice
+            strategy.checkpoint_io = AtomicCheckpointIO()
         return []
 
     def is_step_due(self) -> bool:
@@ -261,6 +284,7 @@ class MultiTaskModule(LightningModule):
         self.batches_seen += 1
         if self.trainer.is_last_batch:
             self.step_schedulers("epoch")
+        self._in_batch = False
 
     def on_fit_start(self) -> None:
         """Fix the seed of the run: that of ``seed_everything``, or a fresh one, the same on all ranks."""
@@ -269,7 +293,26 @@ class MultiTaskModule(LightningModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed the batch, so that what is random in it does not depend on where the run was started."""
+        self._in_batch = True
         seed_generators(self.batch_seed(), self.device)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Let Lightning act on signals, now that a checkpoint is exact."""
+        self._deliver_signals()
+
+    def on_validation_end(self) -> None:
+        """Let Lightning act on signals that came during the validation."""
+        if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
+            self._deliver_signals()
+
+    def on_train_end(self) -> None:
+        """Let Lightning act on signals from now on."""
+        with meeting(self.trainer.strategy):
+            self._signals.release(self.device, self.trainer.world_size)
+
+    def _deliver_signals(self) -> None:
+        with meeting(self.trainer.strategy):
+            self._signals.deliver(self.device, self.trainer.world_size)
 
     def batch_seed(self) -> int:
         """Return the seed of this batch on this rank."""
@@ -277,7 +320,9 @@ class MultiTaskModule(LightningModule):
         return mix_seed(self._seed, self.batches_seen * self.trainer.world_size + self.global_rank)
 
     def on_train_start(self) -> None:
-        """Make up for a validation, and for the end of an epoch, that the checkpoint came before."""
+        """Make up for a validation, and for the end of an epoch, that the checkpoint came before; hold back signals."""
+        self._in_batch = False
+        self._signals.hold()
         if missed_validation(self.trainer):
             make_up_for_validation(self.trainer)
         batches = self.trainer.fit_loop.epoch_loop
@@ -304,15 +349,81 @@ class MultiTaskModule(LightningModule):
 
     # --------------------------------------------------------------------------------------------------------- state
 
+    def checkpoint_facts(self) -> dict[str, Any]:
+        """Return what has to be the same in the module that loads a checkpoint of this one, with a name for each.
+
+        Plain Python values only. Names and shapes of parameters and buffers need not be among them; an override adds
+        what cannot be seen from these.
+        """
+        # A subclass may be renamed or moved, but what trains cannot be exchanged.
+        kind = next(kind for kind in type(self).__mro__ if kind.__module__.startswith("mtl_lightning."))
+        return {"module": kind.__name__, "tasks": list(self.task_names)} | population_facts(self)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load a ``state_dict``, after a check that it is that of such a module.
+
+        Raises:
+            CheckpointError: If the kind of the module, the tasks, or names or shapes differ, or another release of this
+                package has written it in another format. The error names all that differs; ``strict=False`` allows
+                for names.
+        """
+        check_record(state_dict, self.checkpoint_facts())
+        try:
+            loaded = super().load_state_dict(state_dict, strict=strict, assign=assign)
+        except RuntimeError as error:
+            check_shapes(self, state_dict, strict, error)
+            raise
+        if state_dict["_extra_state"]["in_batch"]:
+            warnings.warn(
+                "A checkpoint should be written between two batches for a run to go on exactly. Found one from inside "
+                "a batch, as an exception leaves it: part of that batch may be trained, and it is not repeated.",
+                stacklevel=2,
+            )
+        return loaded
+
+    @classmethod
+    def load_from_checkpoint(
+        cls,
+        checkpoint_path: str | Path | IO[bytes],
+        map_location: Any = None,
+        hparams_file: str | Path | None = None,
+        strict: bool | None = None,
+        weights_only: bool | None = None,
+        **arguments: Any,
+    ) -> Any:
+        """Return a module with the state of a checkpoint; see :meth:`LightningModule.load_from_checkpoint`.
+
+        Args:
+            checkpoint_path: The file, as a path, an address or an open file.
+            map_location: See ``torch.load``.
+            hparams_file: A file of arguments, where the checkpoint holds none.
+            strict: Whether names have to agree.
+            weights_only: ``False`` allows any pickle, which may run any code. The default does not.
+            arguments: Arguments of the constructor that the checkpoint does not hold.
+
+        Raises:
+            CheckpointError: If the file cannot be read or is not that of such a module.
+        """
+        if weights_only is not False:
+            # Before 2.6, Lightning reads any pickle here; and it cannot tell what is wrong with a file.
+            read_checkpoint(checkpoint_path, map_location="meta")
+            if not isinstance(checkpoint_path, str | Path):
+                checkpoint_path.seek(0)
+        known = inspect.signature(LightningModule.load_from_checkpoint).parameters
+        if "weights_only" in known:
+            arguments["weights_only"] = weights_only is not False
+        return super().load_from_checkpoint(checkpoint_path, map_location, hparams_file, strict, **arguments)
+
     def get_extra_state(self) -> dict[str, Any]:
         """Return the counters and the seed, as part of the ``state_dict``."""
-        return {
+        return make_record(self.checkpoint_facts()) | {
             "batches_seen": self.batches_seen,
             "accumulated": self._accumulated,
             "steps": self._steps,
             "seed": self._seed,
             "monitored": self._monitored,
             "has_validated": self._has_validated,
+            "in_batch": self._in_batch,
         }
 
     def set_extra_state(self, state: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ def missed_validation(trainer: Trainer) -> bool:
     """Return whether the run was resumed from a checkpoint written between a batch and the validation after it.
 
     Lightning goes on with the next batch then, and leaves a gap in all that is recorded per validation. The condition
-    is the one by which it would have validated, for loaders of known length.
+    is the one by which it would have validated, for loaders of known length and intervals counted in batches.
     """
     batches = trainer.fit_loop.epoch_loop
     if not (batches.restarted_on_train_batch_end and trainer.enable_validation):
@@ -24,6 +24,8 @@ def missed_validation(trainer: Trainer) -> bool:
         return False
     if trainer.val_check_batch == float("inf"):
         return at_the_end
+    if trainer.val_check_batch is None:
+        return False  # by the clock, which starts anew
     progress: Any = batches.batch_progress
     done = progress.total.ready if every is None else progress.current.ready
     return bool(done % trainer.val_check_batch == 0)

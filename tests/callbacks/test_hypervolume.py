@@ -78,6 +78,8 @@ def test_hypervolume_of_a_population_is_logged_and_written(
     assert rows == callback.curve
     assert [(row["epoch"], row["step"]) for row in rows] == [(0, 4), (1, 8), (2, 12), (3, 16)]
     assert (tmp_path / "hypervolume.png").stat().st_size > 1000
+    described = json.loads((tmp_path / "hypervolume.json").read_text())
+    assert described == {"reference_point": {"left": 1.0, "right": 0.9}}
 
 
 @pytest.mark.parametrize("hook", HOOKS)
@@ -277,7 +279,7 @@ def test_stopped_run_leaves_its_curve(
 
     with pytest.raises(KeyError, match="after one epoch"):
         make_trainer(HypervolumeCallback(dirpath=tmp_path), Stop()).fit(population(torch.rand(3, 4, 2)))
-    assert {path.name for path in tmp_path.iterdir()} == {"hypervolume.csv", "hypervolume.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {f"hypervolume.{end}" for end in ("csv", "json", "png")}
 
 
 def test_unwritable_folder_is_reported_before_training(
@@ -300,7 +302,8 @@ def test_both_callbacks_share_a_folder_and_a_module(
 ) -> None:
     front, volume = ParetoFrontCallback(NAMES, figure_every=0), HypervolumeCallback(objectives=NAMES)
     make_trainer(front, volume).fit(single(torch.rand(3, 2), "on_validation_epoch_end"))
-    expected = {"archive.csv", "front.csv", "front.png", "hypervolume.csv", "hypervolume.png"}
+    expected = {"archive.csv", "front.csv", "front.png", "objectives.json"}
+    expected |= {"hypervolume.csv", "hypervolume.json", "hypervolume.png"}
     assert {path.name for path in (tmp_path / "pareto_front").iterdir()} == expected
 
 

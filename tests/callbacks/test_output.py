@@ -25,6 +25,25 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path)
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_file_that_cannot_be_written_is_told_of_once_for_a_folder_and_a_reason(tmp_path: Path) -> None:
+    folder = tmp_path / "gone"
+    expected = r"Callbacks should be able to write to '.*gone'\. Found: No such file or directory\. Training goes on"
+    with pytest.warns(UserWarning, match=expected):
+        write_rows(folder / "table.csv", ["a"], [{"a": 1}])
+    write_rows(folder / "other.csv", ["a"], [{"a": 1}])
+    folder.mkdir()
+    write_rows(folder / "table.csv", ["a"], [{"a": 1}])
+    assert [path.name for path in folder.iterdir()] == ["table.csv"]
+
+
+def test_whether_a_file_was_written_is_returned(tmp_path: Path) -> None:
+    assert write_atomically(tmp_path / "file", lambda temporary: temporary.touch())
+    with pytest.warns(UserWarning, match="Found: Is a directory"):
+        assert not write_atomically(tmp_path, lambda temporary: temporary.touch())
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_rows_keep_full_precision(tmp_path: Path) -> None:
     write_rows(tmp_path / "table.csv", ["step", "value"], [{"step": 1, "value": 0.1 + 0.2}])
     with (tmp_path / "table.csv").open(newline="") as file:

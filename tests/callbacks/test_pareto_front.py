@@ -39,18 +39,32 @@ def test_archive_of_a_population(
     script = torch.tensor([[[4.0, 1.0], [1.0, 4.0]], [[3.0, 1.0], [2.0, 5.0]]])
     callback = ParetoFrontCallback(dirpath=tmp_path)
     make_trainer(callback, max_epochs=2).fit(population(script))
-    columns = ["epoch", "step", "subproblem", "preference/left", "preference/right", "left", "right", "nondominated"]
+    columns = ["epoch", "step", "subproblem", "preference/left", "preference/right", "left", "right"]
+    columns += ["accuracy/left", "accuracy/right", "nondominated"]
     expected = [
-        [0, 4, 0, 0.0, 1.0, 4.0, 1.0, False],
-        [0, 4, 1, 1.0, 0.0, 1.0, 4.0, True],
-        [1, 8, 0, 0.0, 1.0, 3.0, 1.0, True],
-        [1, 8, 1, 1.0, 0.0, 2.0, 5.0, False],
+        [0, 4, 0, 0.0, 1.0, 4.0, 1.0, -3.0, 0.0, False],
+        [0, 4, 1, 1.0, 0.0, 1.0, 4.0, 0.0, -3.0, True],
+        [1, 8, 0, 0.0, 1.0, 3.0, 1.0, -2.0, 0.0, True],
+        [1, 8, 1, 1.0, 0.0, 2.0, 5.0, -1.0, -4.0, False],
     ]
     assert callback.archive == [dict(zip(columns, row, strict=True)) for row in expected]
     assert callback.front == callback.archive[1:3]
     assert list(callback.archive[0]) == columns
     assert _read(tmp_path / "archive.csv") == callback.archive
     assert _read(tmp_path / "front.csv") == callback.front
+    assert json.loads((tmp_path / "objectives.json").read_text()) == {"left": "min", "right": "min"}
+
+
+def test_the_archive_tells_the_losses_of_other_objectives_and_skips_a_failed_model(
+    population: Callable[..., Any], make_trainer: Callable[..., pl.Trainer], tmp_path: Path
+) -> None:
+    script = torch.tensor([[[0.5, 0.25], [torch.nan, 0.5], [0.25, 0.5]]])
+    callback = ParetoFrontCallback({"accuracy/left": "max", "accuracy/right": "max"}, dirpath=tmp_path)
+    with pytest.warns(UserWarning, match=r"subproblems \[1\]"):
+        make_trainer(callback, max_epochs=1).fit(population(script))
+    keys = ("subproblem", "accuracy/left", "left", "right")
+    assert [[row[key] for key in keys] for row in callback.archive] == [[0, 0.5, 0.5, 0.25], [2, 0.75, 0.25, 0.5]]
+    assert json.loads((tmp_path / "objectives.json").read_text()) == callback.objectives
 
 
 @pytest.mark.parametrize("hook", HOOKS)
