@@ -114,6 +114,21 @@ class SplitNetwork:
                     "with the encoder or other heads; give it a layer of its own, or let it have no parameters."
                 )
 
+    def warn_of_compilation(self) -> None:
+        """Tell of a compiled network whose heads could be evaluated one by one, or are and so leave it unused."""
+        inner = dict(self.network.named_children()).get("_orig_mod")  # what `torch.compile` wraps
+        if isinstance(inner, nn.Module) and SplitNetwork(inner, self.task_names).is_split:
+            found = "`torch.compile(network)`, of which every pass costs all heads"
+        elif self.is_split and getattr(self.network, "_compiled_call_impl", None) is not None:
+            found = "`network.compile()`, which training does not reach, since it calls the encoder and the heads"
+        else:
+            return
+        warnings.warn(
+            f"A network of an `encoder` and `heads` should be compiled in parts: `network.encoder.compile()`. "
+            f"Found {found}.",
+            stacklevel=2,
+        )
+
     @property
     def _heads(self) -> dict[str, nn.Module]:
         # Looked up each time: heads may be replaced, as by a conversion of their normalisation.

@@ -1,8 +1,8 @@
-"""The mean of gradients over the ranks, for passes that DDP is kept out of."""
+"""Means over the ranks, for passes that DDP is kept out of."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +27,30 @@ def average_gradients(parameters: Iterable[nn.Parameter], reduce: Callable[[Tens
         for place in lacking:
             reached[place] = 0.0
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in some]
-        flat = reduce(torch.cat([reached, *(gradient.flatten() for gradient in gradients)]))
-        reached, *pieces = torch.split(flat, [len(some), *(gradient.numel() for gradient in gradients)])
+        reached, *means = _mean([reached, *gradients], reduce)
         elsewhere = reached.tolist() if lacking else []  # waits for the device, but only where something is lacking
-        for place, (parameter, gradient, piece) in enumerate(zip(some, gradients, pieces, strict=True)):
+        for place, (parameter, gradient, mean) in enumerate(zip(some, gradients, means, strict=True)):
             if parameter.grad is not None or elsewhere[place]:
-                parameter.grad = gradient.copy_(piece.view_as(gradient))
+                parameter.grad = gradient.copy_(mean)
+
+
+@torch.no_grad()
+def average_tensors(tensors: Iterable[Tensor], reduce: Callable[[Tensor], Tensor]) -> None:
+    """Average tensors over the ranks, in place and in one piece per dtype; every rank has to take part.
+
+    Args:
+        tensors: As many of the same shapes and dtypes, in the same order, on all ranks.
+        reduce: From a tensor to its mean over the ranks.
+    """
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        by_dtype.setdefault(tensor.dtype, []).append(tensor)
+    for some in by_dtype.values():
+        for tensor, mean in zip(some, _mean(some, reduce), strict=True):
+            tensor.copy_(mean)
+
+
+def _mean(tensors: Sequence[Tensor], reduce: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    flat = reduce(torch.cat([tensor.flatten() for tensor in tensors]))
+    pieces = torch.split(flat, [tensor.numel() for tensor in tensors])
+    return [piece.view_as(tensor) for piece, tensor in zip(pieces, tensors, strict=True)]

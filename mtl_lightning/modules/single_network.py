@@ -3,28 +3,35 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.core.hooks import DataHooks
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils import _pytree as pytree
 
 from mtl_lightning.modules.base import LRSchedulerCallable, LRSchedulerInterval, MultiTaskModule, OptimizerCallable
 from mtl_lightning.modules.evaluation import PopulationEvaluation
+from mtl_lightning.modules.gradients import average_gradients, average_tensors
+from mtl_lightning.modules.scaling import ScaledSteps, gradient_scale
+from mtl_lightning.modules.waiting import meeting
+from mtl_lightning.sharding import clip_gradient_norm, is_sharded, misplaced_units, reshard, shard_network
 from mtl_lightning.task import Task
+
+_EXTRA = "_extra_state"  # what torch calls it in a `state_dict`
 
 
 class SingleNetworkModule(MultiTaskModule):
     """Base of the modules that train one network for ``T`` tasks; it validates, tests and predicts.
 
-    Of training it has the parts: labels counted on the host, losses averaged over labels and ranks, clipping. Gradients
-    are those of each rank until a module averages them before a step.
+    Of training it has the parts: labels counted on the host, losses averaged over labels and ranks, clipping, steps
+    under a gradient scaler. Gradients are those of each rank until a module averages them before a step.
 
     Args:
         network: Maps inputs to a dict of predictions, task name to tensor.
@@ -35,7 +42,24 @@ class SingleNetworkModule(MultiTaskModule):
         Logged are ``<split>_loss`` (the mean over the tasks), ``<split>_loss/<task>`` and ``<split>_<metric>/<task>``,
         with ``val`` or ``test`` as the split. Losses are means over labels and over all ranks; with several loaders,
         over all of them together.
+
+        With 16-bit mixed precision the scaler of gradients is updated once for all steps of a batch. A step whose
+        gradient overflows is skipped, on all ranks alike; ``skipped_steps``, how many there were, is logged with the
+        training losses once there are any. Means over ranks are those of :meth:`reduced`, in float64 for losses and
+        labels. With ``bf16-true`` and ``16-true`` networks and losses are evaluated in 16 bits, so that all that is
+        decided from losses knows them to 3 digits, or 4, only, and in ``16-true`` nothing keeps small gradients from
+        vanishing: mixed precision is to be preferred.
+
+        Where a subclass allows for it (:attr:`can_be_sharded`), ``ModelParallelStrategy(data_parallel_size=...,
+        tensor_parallel_size=1)`` spreads parameters, gradients and the state of the optimiser over the ranks: the
+        encoder and each head are units of FSDP2, or a network without them as a whole; for smaller units, override
+        :meth:`configure_model` and call :func:`~mtl_lightning.sharding.shard_network`. Checkpoints, distributed or
+        full, hold what else decides how the run goes on as ``extra_states``, outside the ``state_dict``. Lightning
+        resumes none from before the first step, nor a full one of an optimiser without state (plain SGD).
     """
+
+    #: Whether a subclass leaves gradients to the backward passes of its objective, in which FSDP averages them.
+    can_be_sharded: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -61,6 +85,7 @@ class SingleNetworkModule(MultiTaskModule):
             raise TypeError(f"`network` should be a `torch.nn.Module`. Found {network!r}.")
         self.network = network
         self._evaluation = PopulationEvaluation(self.tasks, size=1)
+        self._scaled_steps = ScaledSteps()
         self._counts_on_host: list[float] | None = None
 
     def forward(self, inputs: Any) -> dict[str, Tensor]:
@@ -77,25 +102,62 @@ class SingleNetworkModule(MultiTaskModule):
 
     # ------------------------------------------------------------------------------------------------------- training
 
+    def configure_model(self) -> None:
+        """Shard the network under Lightning's ``ModelParallelStrategy``, unless an override has done so.
+
+        See :func:`~mtl_lightning.sharding.shard_network`, to be called in an override for smaller units.
+        """
+        if self.shards_network:
+            shard_network(self.network, self.trainer.strategy.device_mesh["data_parallel"])  # type: ignore[attr-defined]
+
+    @property
+    def shards_network(self) -> bool:
+        """Whether the parameters are spread over the ranks, by Lightning's ``ModelParallelStrategy``."""
+        # `load_from_checkpoint` calls `configure_model` of a module without a trainer.
+        return self._trainer is not None and isinstance(self.trainer.strategy, ModelParallelStrategy)
+
     def on_fit_start(self) -> None:
-        """Refuse strategies under which gradients are not whole on every rank.
+        """Refuse strategies under which gradients are not those of the mean over all labels.
 
         Raises:
-            MisconfigurationException: If the strategy is neither a single device nor DDP, or DDP with a static graph.
+            MisconfigurationException: If the strategy is none of a single device, DDP without a static graph and
+                ``ModelParallelStrategy`` without tensor parallelism, or what is sharded is not what is called.
         """
         super().on_fit_start()
         # Lightning tells every user of a data module that the hook is that of the module; nobody has to act on it.
         warnings.filterwarnings("ignore", message=".*overridden `on_before_batch_transfer` in `LightningModule`.*")
         kind = type(self).__name__
-        if self.trainer.world_size > 1 and not isinstance(self.trainer.strategy, DDPStrategy):
+        sharding = ", or sharded, with `ModelParallelStrategy(data_parallel_size=..., tensor_parallel_size=1)`"
+        is_known = isinstance(self.trainer.strategy, DDPStrategy) or (self.shards_network and self.can_be_sharded)
+        if (self.trainer.world_size > 1 or self.shards_network) and not is_known:
             raise MisconfigurationException(
-                f"`{kind}` trains on one device or with DDP (`Trainer(strategy='ddp')`). "
-                f"Found {type(self.trainer.strategy).__name__}."
+                f"`{kind}` trains on one device or with DDP (`Trainer(strategy='ddp')`)"
+                f"{sharding if self.can_be_sharded else ''}. Found {type(self.trainer.strategy).__name__}."
             )
+        if self.shards_network:
+            self._check_shards()
         if getattr(self.trainer.model, "static_graph", False):
             raise MisconfigurationException(
                 f"`{kind}` needs `DDPStrategy(static_graph=False)`, since not every backward pass has the same graph. "
                 "Found `static_graph=True`; remove it."
+            )
+
+    def _check_shards(self) -> None:
+        kind = type(self).__name__
+        strategy: Any = self.trainer.strategy
+        if strategy.device_mesh["tensor_parallel"].size() > 1:
+            raise MisconfigurationException(
+                f"`{kind}` shards data and parameters: `ModelParallelStrategy(data_parallel_size={strategy.world_size},"
+                f" tensor_parallel_size=1)`. Found {strategy.device_mesh['tensor_parallel'].size()} tensor-parallel "
+                "ranks."
+            )
+        misplaced = misplaced_units(self, self.network)
+        if misplaced:
+            names = ", ".join(f"`{name}`" if name else "the module itself" for name in misplaced)
+            raise MisconfigurationException(
+                "What `configure_model` shards should be what a training step calls: the encoder and each head of a "
+                f"network that has them, and any other network as a whole. Found that it shards {names}. Call "
+                '`shard_network(self.network, self.device_mesh["data_parallel"])` of `mtl_lightning.sharding` there.'
             )
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
@@ -123,11 +185,24 @@ class SingleNetworkModule(MultiTaskModule):
         self._counts_on_host = None
         return counts
 
+    def reduced(self, tensor: Tensor, operation: Literal["mean", "sum"]) -> Tensor:
+        """Return the mean or the sum of ``tensor`` over the ranks, equal on all of them; it may be changed."""
+        if self.trainer.world_size == 1:
+            return tensor
+        # Lightning's reduction lets the ranks wait for each other first: one more exchange, for which the host waits.
+        if operation == "mean":
+            tensor = tensor / self.trainer.world_size  # before the sum, which could overflow in half precision
+        with meeting(self.trainer.strategy):
+            torch.distributed.all_reduce(tensor)
+        return tensor
+
     def total_labels(self, counts: Sequence[float]) -> list[float]:
         """Return the number of labels of each task over all ranks."""
         if self.trainer.world_size == 1:
             return list(counts)
-        totals: list[float] = self.reduced(torch.tensor(counts, device=self.device), "sum").tolist()
+        # Training in half precision changes the default dtype, in which a count would be rounded.
+        own = torch.tensor(counts, dtype=torch.float64, device=self.device)
+        totals: list[float] = self.reduced(own, "sum").tolist()
         return totals
 
     def label_shares(self, counts: Sequence[float], totals: Sequence[float]) -> list[float]:
@@ -157,11 +232,46 @@ class SingleNetworkModule(MultiTaskModule):
         no_sync = getattr(self.trainer.model, "no_sync", None)
         return nullcontext() if no_sync is None else no_sync()
 
+    def finish_passes(self) -> None:
+        """Give up what FSDP has gathered for the passes of a step; until then parameters are not those that step."""
+        if self.shards_network:
+            reshard(self.network)
+
+    def average_over_ranks(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Average gradients over the ranks; FSDP has done so already for those that are sharded."""
+        if self.trainer.world_size == 1:
+            return
+        whole = [parameter for parameter in parameters if not is_sharded(parameter)]
+        average_gradients(whole, partial(self.reduced, operation="mean"))
+
+    def take_step(self, is_last: bool = True) -> bool:
+        """Step the optimiser and clear the gradients; return whether the gradient scaler has not skipped the step.
+
+        The steps of a batch count as one, in ``global_step`` and for the scaler.
+
+        Args:
+            is_last: Whether it is the last step of the batch.
+        """
+        optimizer: Any = self.optimizers()
+        raw = optimizer.optimizer
+        # Past the counter of Lightning, which would count every group as a step of the run.
+        between = partial(self.trainer.strategy.optimizer_step, raw, closure=_nothing)
+        is_taken = self._scaled_steps.take(
+            self.trainer.precision_plugin, raw, optimizer.step if is_last else between, is_last
+        )
+        optimizer.zero_grad(set_to_none=True)
+        return is_taken
+
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Clip the gradient, after any gradient scaling is undone."""
+        """Clip the gradient; the limit is scaled where the gradient still is."""
         if self.gradient_clip_norm is not None:
-            parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-            torch.nn.utils.clip_grad_norm_(parameters, self.gradient_clip_norm)
+            scale = gradient_scale(self.trainer.precision_plugin, optimizer)
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            clip_gradient_norm(parameters, self.gradient_clip_norm * scale)
+
+    def logged_skips(self) -> dict[str, float]:
+        """Return the number of steps that the gradient scaler has skipped, to be logged, if there are any."""
+        return {"skipped_steps": float(self._scaled_steps.skipped)} if self._scaled_steps.skipped else {}
 
     def is_logging_due(self, batch_idx: int) -> bool:
         """Return whether training should log in this batch."""
@@ -176,9 +286,8 @@ class SingleNetworkModule(MultiTaskModule):
     def on_validation_epoch_start(self) -> None:
         """Forget the last validation; see that no rank's own statistics are validated."""
         if self.trainer.world_size > 1:
-            for buffer in self.network.buffers():
-                if buffer.is_floating_point():
-                    buffer.copy_(self.reduced(buffer.clone(), "mean"))
+            buffers = [buffer for buffer in self.network.buffers() if buffer.is_floating_point()]
+            average_tensors(buffers, partial(self.reduced, operation="mean"))
         self._evaluation.reset(1, self.device)
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -225,3 +334,77 @@ class SingleNetworkModule(MultiTaskModule):
         # Equal on all ranks already; Lightning warns of values that it does not reduce.
         self.log_dict(values, sync_dist=True)
         self.log(f"{split}_loss", torch.nanmean(losses), prog_bar=True, sync_dist=True)
+
+    # --------------------------------------------------------------------------------------------------------- state
+
+    def configure_optimizers(self) -> Any:
+        """Return the optimiser and, if there is one, the scheduler with its interval."""
+        self.finish_passes()  # an evaluation may have come before
+        return super().configure_optimizers()
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Return the counters and the seed, as part of the ``state_dict``."""
+        return super().get_extra_state() | {"skipped_steps": self._scaled_steps.skipped}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Take up the counters and the seed of a checkpoint."""
+        super().set_extra_state(state)
+        self._scaled_steps.skipped = state["skipped_steps"]
+
+    # Lightning's `ModelParallelStrategy` loads no extra state from a full checkpoint, and from a distributed one only
+    # if it has the structure of that before loading. There it travels with what Lightning knows of the run.
+
+    def state_dict(self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
+        """Return parameters and buffers and, unless they are sharded, what else decides how the run goes on."""
+        state = super().state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
+        if self.shards_network:
+            for key in [key for key in state if key.endswith(_EXTRA)]:
+                del state[key]
+        return state
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Take up parameters, buffers and, unless they are sharded, what else decides how the run goes on."""
+        own = self._extra_states() if self.shards_network else {}
+        return super().load_state_dict(own | dict(state_dict), strict=strict, assign=assign)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what decides how the run goes on, of a network that is sharded."""
+        if self.shards_network:
+            checkpoint["extra_states"] = self._extra_states()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take it up.
+
+        Raises:
+            ValueError: If it is missing.
+        """
+        if not self.shards_network:
+            return
+        if "extra_states" not in checkpoint:
+            raise ValueError(
+                "A checkpoint of a network that is sharded should hold `extra_states`, which `on_save_checkpoint` "
+                f"adds. Found {', '.join(sorted(map(repr, checkpoint)))}. An override of that hook should call the one "
+                "of `super()`."
+            )
+        self.load_state_dict(checkpoint["extra_states"], strict=False)
+
+    def _extra_states(self) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, module in self.named_modules():
+            if type(module).get_extra_state is not nn.Module.get_extra_state:
+                found[f"{name}.{_EXTRA}" if name else _EXTRA] = module.get_extra_state()
+        return found
+
+
+def zero_of(predictions: Any) -> Tensor:
+    """Return zero with the graph of the predictions, a tensor or several.
+
+    A rank without labels of a task goes through the same graph as those with some: FSDP and synchronised batch
+    normalisation exchange tensors in the backward pass, and would wait for it for ever.
+    """
+    tensors = [tensor for tensor in pytree.tree_leaves(predictions) if isinstance(tensor, Tensor)]
+    return torch.stack([(tensor * 0.0).sum() for tensor in tensors]).sum()
+
+
+def _nothing() -> None:
+    return None

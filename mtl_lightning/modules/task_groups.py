@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils import _pytree as pytree
 
 from mtl_lightning.affinity import Attribution, ProximalAffinity
 from mtl_lightning.exemplars import MOST_TASKS
@@ -27,9 +27,10 @@ from mtl_lightning.modules.base import (
     OptimizerCallable,
     check_count,
 )
-from mtl_lightning.modules.gradients import average_gradients
+from mtl_lightning.modules.gradients import average_tensors
 from mtl_lightning.modules.health import TaskHealth
-from mtl_lightning.modules.single_network import SingleNetworkModule
+from mtl_lightning.modules.scaling import gradient_scale
+from mtl_lightning.modules.single_network import SingleNetworkModule, zero_of
 from mtl_lightning.seeds import seed_generators
 from mtl_lightning.split_network import GradientGate, SplitNetwork
 from mtl_lightning.task import Task
@@ -108,19 +109,22 @@ class TaskGroupModule(SingleNetworkModule):
     Note:
         ``global_step`` counts updates of all groups, so that ``max_steps`` and ``every_n_train_steps`` do not depend on
         the number of groups. Logged are ``train_loss`` and ``train_loss/<task>``, the first losses measured on a batch,
-        ``num_groups`` and, where there were any, ``nonfinite/<task>``, the steps that a task was left out of; all of
-        them every ``log_every_n_steps`` batches of the trainer and, for callbacks but not for loggers, with the last
-        batch of an epoch. In validation see
+        ``num_groups`` and, where there were any, ``nonfinite/<task>``, the steps that a task was left out of, and
+        ``skipped_steps``; all of them every ``log_every_n_steps`` batches of the trainer and, for callbacks but not for
+        loggers, with the last batch of an epoch. In validation see
         :class:`~mtl_lightning.modules.single_network.SingleNetworkModule`.
 
         Where :meth:`task_losses` is overridden all heads are evaluated in every pass, so that a loss may read several
         predictions. Those of tasks outside the group are constants.
 
-        Limits: strategies other than one device and DDP are refused. Gradients are averaged here, past the hooks that
-        DDP calls for it; of a network that is not split the heads outside the group are in the exchange, as zeros.
-        A loss that is finite with a gradient that is not goes unnoticed. Batch normalisation takes up the statistics of
-        a batch once, on each rank its own. Random numbers that are not torch's are not paired. A task whose loss is not
-        finite gets a gradient of zero, so that momentum and weight decay still move its head. Batches that are kept for
+        To be compiled, an encoder is compiled in place, ``network.encoder.compile()``; the network then stays split.
+
+        Limits: strategies other than one device, DDP and ``ModelParallelStrategy`` are refused, the last one also for
+        :class:`~mtl_lightning.grouping.Fisher`. With DDP, gradients are averaged here, past the hooks that it calls; of
+        a network that is not split the heads outside the group are in the exchange, as zeros. A loss that is finite
+        with a gradient that is not goes unnoticed. Batch normalisation takes up the statistics of a batch once, on each
+        rank its own. Random numbers that are not torch's are not paired. A task whose loss is not finite gets a
+        gradient of zero, so that momentum and weight decay still move its head. Batches that are kept for
         ``accumulate_batches`` are in checkpoints, of rank zero only. Learnable weights of a loss that is a module are
         trained with the groups of its task. Optimisers that evaluate the loss themselves (LBFGS) are refused.
 
@@ -144,6 +148,8 @@ class TaskGroupModule(SingleNetworkModule):
         tensor([[0., 0.],
                 [0., 0.]], dtype=torch.float64)
     """
+
+    can_be_sharded: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -390,31 +396,21 @@ class TaskGroupModule(SingleNetworkModule):
                     objective = objective + torch.where(gate.is_open[name], weighted, 0.0)
                 else:
                     # No labels here: the same graph as on the ranks that have some, with gradients of zero.
-                    objective = objective + _zero(outputs[name])
+                    objective = objective + zero_of(outputs[name])
             if objective.requires_grad:  # else there is nothing to train in this group
                 stack.enter_context(self.unsynchronised())
                 self.manual_backward(objective)
 
     def _step(self, group: Sequence[int], is_last: bool) -> None:
         """Step the optimiser for the gradients of a group, and clear them."""
-        optimizer: Any = self.optimizers()
-        if self.trainer.world_size > 1:
-            own = self._split.head_parameters()
-            inactive = {id(p) for task, name in enumerate(self.task_names) if task not in group for p in own[name]}
-            active = [parameter for parameter in self.trained_parameters() if id(parameter) not in inactive]
-            average_gradients(active, partial(self.reduced, operation="mean"))
+        self.finish_passes()
+        own = self._split.head_parameters()
+        inactive = {id(p) for task, name in enumerate(self.task_names) if task not in group for p in own[name]}
+        self.average_over_ranks(parameter for parameter in self.trained_parameters() if id(parameter) not in inactive)
         if self.inactive_heads == "zero_grad":
             self._zero_gradients()
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        scale = None if scaler is None else scaler.get_scale()
-        if is_last:
-            optimizer.step()
-        else:
-            # Past the counter of Lightning, which would count every group as a step of the run.
-            self.trainer.strategy.optimizer_step(optimizer.optimizer, closure=_nothing)
-        if scaler is not None and scaler.get_scale() < scale:
+        if not self.take_step(is_last):
             self.updates.forget()  # the scaler has skipped the step: there is nothing to measure
-        optimizer.zero_grad(set_to_none=True)
 
     def _zero_gradients(self) -> None:
         """Give a gradient of zero to the parameters that have none now and had one before."""
@@ -438,8 +434,10 @@ class TaskGroupModule(SingleNetworkModule):
             [sum(column[1:], column[0]) for column in zip(*rows, strict=True)] for rows in zip(*parts, strict=True)
         ]
         if self.trainer.world_size > 1:
-            gradients = [[self.reduced(gradient, "mean") for gradient in row] for row in gradients]
-        gramian = root_fisher_gramian(gradients)
+            for row in gradients:
+                average_tensors(row, partial(self.reduced, operation="mean"))
+        with torch.autocast(self.device.type, enabled=False):  # it would multiply in half precision
+            gramian = root_fisher_gramian(gradients)
         if gramian.isfinite().all():  # else a loss was not, and the groups stay as they are
             for rule in rules:
                 rule.update(gramian)
@@ -447,15 +445,17 @@ class TaskGroupModule(SingleNetworkModule):
     def _shared_gradients(self, part: _Part, shared: Sequence[nn.Parameter]) -> list[list[Tensor]]:
         """Return the gradients of each task in the shared parameters; nothing is left of the pass."""
         every = range(len(self.tasks))
+        scale = gradient_scale(self.trainer.precision_plugin)  # small gradients would vanish in half precision
         with self._split.frozen(self.task_names):
             outputs, own = self._evaluate_part(part, every, every, GradientGate())
             rows = []
             for task in every:
-                loss = own[task] * part.shares[task] if task in own else _zero(outputs[self.task_names[task]])
+                loss = own[task] * part.shares[task] if task in own else zero_of(outputs[self.task_names[task]])
                 found: Sequence[Tensor | None] = [None] * len(shared)
                 if loss.requires_grad:
-                    found = torch.autograd.grad(loss, shared, retain_graph=True, allow_unused=True)
-                rows.append([torch.zeros_like(p) if g is None else g for p, g in zip(shared, found, strict=True)])
+                    found = torch.autograd.grad(loss * scale, shared, retain_graph=True, allow_unused=True)
+                pairs = zip(shared, found, strict=True)
+                rows.append([torch.zeros_like(p) if g is None else g / scale for p, g in pairs])
         return rows
 
     def _log_training(self, losses: Tensor, present: Sequence[int], batch_idx: int) -> None:
@@ -464,14 +464,25 @@ class TaskGroupModule(SingleNetworkModule):
         values: dict[str, Any] = {f"train_loss/{self.task_names[task]}": losses[task] for task in present}
         failures = zip(self.task_names, self.health.known_total, strict=True)
         values |= {f"nonfinite/{name}": float(count) for name, count in failures if count}
-        self.log_dict(values | {"num_groups": float(len(self.task_groups))})
+        self.log_dict(values | self.logged_skips() | {"num_groups": float(len(self.task_groups))})
         self.log("train_loss", losses.nanmean(), prog_bar=True)
 
     def on_fit_start(self) -> None:
-        """Look at the network once more: it may have been replaced."""
+        """Look at the network once more: it may have been replaced.
+
+        Raises:
+            MisconfigurationException: If the rule needs gradients of single tasks, and parameters are sharded; see
+                :class:`~mtl_lightning.modules.single_network.SingleNetworkModule` for other strategies.
+        """
         super().on_fit_start()
+        if self.shards_network and any(isinstance(rule, Fisher) for rule in self.updates.grouping.modules()):
+            raise MisconfigurationException(
+                "`Fisher` groups by gradients of single tasks, which FSDP does not return. Choose another rule, or "
+                "`Trainer(strategy='ddp')`. Found `ModelParallelStrategy`."
+            )
         if self._split.network is not self.network:
             self._split = SplitNetwork(self.network, self.task_names)
+        self._split.warn_of_compilation()
 
     def on_train_epoch_end(self) -> None:
         """Report sick tasks; step the schedulers that monitor a metric."""
@@ -529,16 +540,6 @@ class TaskGroupModule(SingleNetworkModule):
         self._parts = [_Part(**part) for part in state["parts"]]
         self._order = state["order"]
         self._had_gradient = set(state["had_gradient"])
-
-
-def _nothing() -> None:
-    return None
-
-
-def _zero(predictions: Any) -> Tensor:
-    """Return zero, with the graph of the predictions, a tensor or several."""
-    tensors = [tensor for tensor in pytree.tree_leaves(predictions) if isinstance(tensor, Tensor)]
-    return torch.stack([(tensor * 0.0).sum() for tensor in tensors]).sum()
 
 
 def _checked_weights(weights: Mapping[str, float] | None, task_names: Sequence[str]) -> dict[str, float]:

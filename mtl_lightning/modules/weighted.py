@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import isfinite
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -19,11 +20,13 @@ from mtl_lightning.modules.base import (
     OptimizerCallable,
     check_count,
 )
-from mtl_lightning.modules.gradients import average_gradients
+from mtl_lightning.modules.gradients import average_tensors
 from mtl_lightning.modules.health import TaskHealth
-from mtl_lightning.modules.single_network import SingleNetworkModule
+from mtl_lightning.modules.scaling import gradient_scale
+from mtl_lightning.modules.single_network import SingleNetworkModule, zero_of
 from mtl_lightning.population import UserInputError
 from mtl_lightning.seeds import seed_generators
+from mtl_lightning.sharding import gathered, is_sharded, spread_like
 from mtl_lightning.split_network import SplitNetwork, frozen_statistics
 from mtl_lightning.task import Task
 from mtl_lightning.weighting import Equal, LossWeighting
@@ -62,16 +65,17 @@ class WeightedModule(SingleNetworkModule):
     Note:
         Logged are ``train_loss`` (the mean over the tasks), ``train_loss/<task>``, ``weight/<task>``, the slope of the
         objective in the loss of the task, and, where there were any, ``nonfinite/<task>``, the batches that a task was
-        left out of; all of them every ``log_every_n_steps`` batches of the trainer and, for callbacks but not for
-        loggers, with the last batch of an epoch. In validation see
+        left out of, and ``skipped_steps``; all of them every ``log_every_n_steps`` batches of the trainer and, for
+        callbacks but not for loggers, with the last batch of an epoch. In validation see
         :class:`~mtl_lightning.modules.single_network.SingleNetworkModule`.
 
         With several ranks the objective is that of the losses over all labels of all ranks, and its slopes weigh the
         losses of each rank, so that two ranks with half batches equal one process.
 
-        Limits: strategies other than one device and DDP are refused. Each batch waits once for the device, to see which
-        losses are finite. Averages and weights are kept in float64, which Apple's MPS does not have. With accumulated
-        batches, the gradients in a checkpoint are those of rank zero only, and a weighting that looks at a batch before
+        Limits: strategies other than one device, DDP and ``ModelParallelStrategy`` are refused, the last one also for
+        weightings that read gradients. Each batch waits once for the device, to see which losses are finite. Averages
+        and weights are kept in float64, which Apple's MPS does not have. With accumulated batches, the gradients in a
+        checkpoint are those of rank zero only, unless they are sharded, and a weighting that looks at a batch before
         and after the step, or at gradients, sees the last one.
 
     Example:
@@ -88,6 +92,8 @@ class WeightedModule(SingleNetworkModule):
         >>> module.weighting.slopes(torch.tensor([2.0, 0.1]))
         tensor([0.5000, 0.5000])
     """
+
+    can_be_sharded: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -165,8 +171,8 @@ class WeightedModule(SingleNetworkModule):
             slopes = dict(zip(tasks, self.weighting.slopes(losses, tasks), strict=True))
             price = self.weighting(losses, tasks)  # with the graph of the weighting's own parameters
         if self.weighting.needs_gradient_norms and is_due:
-            self.weighting.observe_gradients(losses, self._gradient_norms(own, part, tasks), tasks)
-        self._backward(own, part, slopes, price)
+            self.weighting.observe_gradients(losses, self._gradient_norms(outputs, own, part, tasks), tasks)
+        self._backward(outputs, own, part, slopes, price)
         self._losses_of_step.update(values.unsqueeze(0), tasks)
         found = dict(zip(tasks, losses, strict=True))
         self._log_training(found, slopes, batch_idx)
@@ -190,13 +196,22 @@ class WeightedModule(SingleNetworkModule):
                 )
         return [task for task in present if isfinite(losses[task])]
 
-    def _backward(self, own: Mapping[int, Tensor], part: _Part, slopes: Mapping[int, Tensor], price: Tensor) -> None:
+    def _backward(
+        self,
+        outputs: Mapping[str, Any],
+        own: Mapping[int, Tensor],
+        part: _Part,
+        slopes: Mapping[int, Tensor],
+        price: Tensor,
+    ) -> None:
         """Add the gradient of the objective: its slopes at the losses of all ranks weigh the losses of this one."""
         objective = price if price.requires_grad else torch.zeros((), device=self.device)
         for task, slope in slopes.items():
-            if task in own and own[task].requires_grad:
+            if task not in own:
+                objective = objective + zero_of(outputs[self.task_names[task]])
+            elif own[task].requires_grad:
                 objective = objective + slope.to(own[task]) * part.shares[task] * own[task]
-        if objective.requires_grad:  # else this rank has no labels, or there is nothing to train
+        if objective.requires_grad:  # else there is nothing to train
             with self.unsynchronised():
                 self.manual_backward(objective / self.accumulate_batches)
 
@@ -229,17 +244,18 @@ class WeightedModule(SingleNetworkModule):
                     )
         return self.mean_over_labels(own, part.shares, named)
 
-    def _gradient_norms(self, own: Mapping[int, Tensor], part: _Part, tasks: Sequence[int]) -> Tensor:
+    def _gradient_norms(
+        self, outputs: Mapping[str, Any], own: Mapping[int, Tensor], part: _Part, tasks: Sequence[int]
+    ) -> Tensor:
         """Return the norms of the gradients of the mean losses over all labels in the shared layer, shape ``(T',)``."""
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         # As in the backward pass, small gradients would vanish in half precision.
-        scale = 1.0 if scaler is None else scaler.get_scale()
+        scale = gradient_scale(self.trainer.precision_plugin)
         rows = []
         for task in tasks:
             gradients: Sequence[Tensor | None] = [None] * len(self._layer)
-            if task in own and own[task].requires_grad:
-                loss = own[task] * (part.shares[task] * scale)
-                gradients = torch.autograd.grad(loss, self._layer, retain_graph=True, allow_unused=True)
+            loss = own[task] * part.shares[task] if task in own else zero_of(outputs[self.task_names[task]])
+            if loss.requires_grad:
+                gradients = torch.autograd.grad(loss * scale, self._layer, retain_graph=True, allow_unused=True)
             zeros = (torch.zeros_like(p) if g is None else g for p, g in zip(self._layer, gradients, strict=True))
             rows.append(torch.cat([gradient.flatten().float() for gradient in zeros]))
         matrix = torch.stack(rows) / scale
@@ -272,22 +288,13 @@ class WeightedModule(SingleNetworkModule):
 
     def _step(self, part: _Part, before: Mapping[int, Tensor]) -> None:
         """Step the optimiser, and let the weighting learn from the step."""
-        optimizer: Any = self.optimizers()
-        if self.trainer.world_size > 1:
-            average_gradients(self.trained_parameters(), partial(self.reduced, operation="mean"))
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        scale = 1.0
-        if scaler is not None:
-            scaler.scale(torch.zeros((), device=self.device))  # it starts with its first use, if a rank had no labels
-            scale = scaler.get_scale()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        skipped = scaler is not None and scaler.get_scale() < scale
-
+        self.finish_passes()
+        self.average_over_ranks(self.trained_parameters())
+        is_taken = self.take_step()
         tasks = self._losses_of_step.tasks
         self.weighting.observe(self._losses_of_step.compute()[0, list(tasks)], tasks)
         self._losses_of_step.reset()
-        if before and self.weighting.needs_losses_after_step and not skipped:
+        if before and self.weighting.needs_losses_after_step and is_taken:
             after = self._losses_after_step(part, list(before))
             self.weighting.observe_step(torch.stack(list(before.values())), after, list(before))
         self._steps += 1
@@ -309,12 +316,22 @@ class WeightedModule(SingleNetworkModule):
         values |= {f"weight/{self.task_names[task]}": slope for task, slope in slopes.items()}
         failures = zip(self.task_names, self.health.known_total, strict=True)
         values |= {f"nonfinite/{name}": float(count) for name, count in failures if count}
-        self.log_dict(values)
+        self.log_dict(values | self.logged_skips())
         self.log("train_loss", torch.stack(list(losses.values())).mean(), prog_bar=True)
 
     def on_fit_start(self) -> None:
-        """Look for the shared layer once more: it may have been replaced."""
+        """Look for the shared layer once more: it may have been replaced.
+
+        Raises:
+            MisconfigurationException: If the weighting needs gradients of single tasks, and parameters are sharded; see
+                :class:`~mtl_lightning.modules.single_network.SingleNetworkModule` for other strategies.
+        """
         super().on_fit_start()
+        if self.shards_network and self.weighting.needs_gradient_norms:
+            raise MisconfigurationException(
+                f"`{type(self.weighting).__name__}` reads gradients of single tasks, which FSDP does not return. "
+                "Choose another weighting, or `Trainer(strategy='ddp')`. Found `ModelParallelStrategy`."
+            )
         if self.weighting.needs_gradient_norms:
             self._layer = self._shared_layer()
 
@@ -340,7 +357,7 @@ class WeightedModule(SingleNetworkModule):
         if self._pending_gradients is not None:
             parameters = list(self.parameters())
             for index, gradient in self._pending_gradients.items():
-                parameters[index].grad = gradient.to(parameters[index])
+                parameters[index].grad = spread_like(parameters[index], gradient.to(parameters[index]))
             self._pending_gradients = None
         # It was loaded before the module was moved.
         self._losses_of_step.load_state_dict(self._losses_of_step.state_dict(), self.device)
@@ -348,11 +365,21 @@ class WeightedModule(SingleNetworkModule):
 
     def get_extra_state(self) -> dict[str, Any]:
         """Return everything that decides how the run goes on and is not a parameter or a buffer."""
-        accumulated = enumerate(self.parameters()) if self._accumulated else ()
         return super().get_extra_state() | {
-            "gradients": {index: p.grad for index, p in accumulated if p.grad is not None},
+            "gradients": self._accumulated_gradients() if self._accumulated else {},
             "losses_of_step": self._losses_of_step.state_dict(),
         }
+
+    def _accumulated_gradients(self) -> dict[int, Tensor]:
+        self.finish_passes()
+        found = {index: p.grad for index, p in enumerate(self.parameters()) if p.grad is not None}
+        if self.shards_network:
+            # All ranks write this checkpoint, so that the gradient can be that of all of them.
+            found = {index: gathered(grad) if is_sharded(grad) else grad.clone() for index, grad in found.items()}
+            parameters = list(self.parameters())
+            own = [grad for index, grad in found.items() if not is_sharded(parameters[index])]
+            average_tensors(own, partial(self.reduced, operation="mean"))
+        return found
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Take up the state of a checkpoint."""

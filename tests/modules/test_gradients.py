@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from mtl_lightning.modules.gradients import average_gradients
+from mtl_lightning.modules.gradients import average_gradients, average_tensors
 
 
 def test_a_gradient_that_a_rank_lacks_counts_as_zero_there_and_one_that_all_lack_stays_none() -> None:
@@ -33,3 +33,23 @@ def test_there_is_one_reduction_per_dtype() -> None:
     for value, parameter in enumerate(parameters):
         assert parameter.grad is not None
         assert parameter.grad.tolist() == [value] * 3
+
+
+def test_tensors_are_averaged_in_one_piece_per_dtype() -> None:
+    tensors = [torch.full((2,), 1.0), torch.full((3, 1), 2.0, dtype=torch.float64), torch.full((1, 2), 3.0)]
+    sizes: list[int] = []
+
+    def reduce(flat: Tensor) -> Tensor:
+        sizes.append(len(flat))
+        return flat * 10
+
+    average_tensors(tensors, reduce)
+    assert sizes == [4, 3]
+    assert [tensor.tolist() for tensor in tensors] == [[10.0, 10.0], [[20.0], [20.0], [20.0]], [[30.0, 30.0]]]
+
+
+def test_parameters_are_averaged_as_they_are() -> None:
+    parameter = nn.Parameter(torch.ones(2))
+    average_tensors([parameter], lambda flat: flat * 2)
+    assert parameter.tolist() == [2.0, 2.0]
+    assert parameter.requires_grad

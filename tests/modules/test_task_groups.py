@@ -39,6 +39,7 @@ from mtl_lightning.networks import MLP, MultiHeadNetwork
 from mtl_lightning.protocols import TaskGroupProtocol, TaskLossesProtocol
 from mtl_lightning.task import Task
 from tests.modules.common import Interleaved, Position, SaveAfterEachBatch, assert_equal_states, trainer
+from tests.modules.processes import Synchronised
 
 NAMES = ("a", "b", "c", "d")
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
@@ -837,8 +838,7 @@ def test_mixed_precision_sees_the_weights_of_the_last_step() -> None:
     for (name,) in orders.groups[0]:
         stepper.zero_grad()
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            outputs = expected(inputs)
-        loss: Any = losses[name](outputs[name], targets[name])
+            loss: Any = losses[name](expected(inputs)[name], targets[name])
         loss.backward()
         stepper.step()
     torch.testing.assert_close(flat(module), torch.cat([p.flatten() for p in expected.parameters()]), rtol=0, atol=2e-2)
@@ -1084,6 +1084,41 @@ def test_two_ranks_equal_one_process_where_labels_are_missing_or_sick_on_one(spl
 
     def build() -> TaskGroupModule:
         return task_groups(tasks=[Task(name, _Masked()) for name in NAMES], network=network(split=split))
+
+    _assert_ranks_equal_one(build, data, tmp_path)
+
+
+@pytest.mark.parametrize("split", [True, False])
+def test_two_ranks_equal_one_process_on_uneven_batches(split: bool, tmp_path: Path) -> None:
+    data = batches()
+    for target in data[1][1].values():
+        target[1::2] = torch.nan  # one rank has no labels at all
+    for size in (3, 1):  # one more sample on one rank, and none on the other
+        data.append((data[0][0][:size], {name: target[:size] for name, target in data[0][1].items()}))
+
+    def build() -> TaskGroupModule:
+        tasks = [Task(name, _Masked()) for name in NAMES]
+        return task_groups(tasks=tasks, network=network(split=split), measure_last=True)
+
+    _assert_ranks_equal_one(build, data, tmp_path)
+
+
+@pytest.mark.parametrize("grouping", [OneByOne(), Fisher()], ids=["OneByOne", "Fisher"])
+@pytest.mark.parametrize("split", [True, False])
+def test_ranks_meet_in_layers_that_exchange_statistics(grouping: GroupingRule, split: bool, tmp_path: Path) -> None:
+    data = batches()
+    for index, (_, targets) in enumerate(data):
+        targets["b"][index % 2 :: 2] = torch.nan  # all of one rank's, which waits in the head of the task all the same
+
+    def build() -> TaskGroupModule:
+        torch.manual_seed(0)
+        encoder = nn.Sequential(MLP(6, [8]), Synchronised())
+        net = MultiHeadNetwork(encoder, {name: nn.Sequential(nn.Linear(8, 1), Synchronised()) for name in NAMES})
+        tasks = [Task(name, _Masked()) for name in NAMES]
+        sgd = partial(torch.optim.SGD, lr=0.01)
+        return task_groups(
+            network=net if split else Whole(net), tasks=tasks, grouping=copy.deepcopy(grouping), optimizer=sgd
+        )
 
     _assert_ranks_equal_one(build, data, tmp_path)
 

@@ -35,6 +35,7 @@ from mtl_lightning.weighting import (
     Uncertainty,
 )
 from tests.modules.common import Interleaved, Position, SaveAfterEachBatch, assert_equal_states, trainer
+from tests.modules.processes import Synchronised
 
 NAMES = ("a", "b", "c")
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
@@ -627,6 +628,29 @@ def test_two_ranks_equal_one_process_where_labels_are_missing_or_sick_on_one(nam
     for target in data[2][1].values():
         target[1::2] = torch.nan  # one rank has no labels at all
     _assert_ranks_equal_one(lambda: weighted(weighting=FAMILY[name]()), data, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["GeometricMean", "Uncertainty", "FAMO", "GradNorm"])
+def test_two_ranks_equal_one_process_on_uneven_batches(name: str, tmp_path: Path) -> None:
+    data = batches()
+    for size in (3, 1):  # one more sample on one rank, and none on the other
+        data.append((data[0][0][:size], {task: target[:size] for task, target in data[0][1].items()}))
+    _assert_ranks_equal_one(lambda: weighted(weighting=FAMILY[name]()), data, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["Uncertainty", "FAMO", "GradNorm"])
+def test_ranks_meet_in_layers_that_exchange_statistics(name: str, tmp_path: Path) -> None:
+    data = batches()
+    for index, (_, targets) in enumerate(data):
+        targets["b"][index % 2 :: 2] = torch.nan  # all of one rank's, which waits in the head of the task all the same
+
+    def build() -> WeightedModule:
+        torch.manual_seed(0)
+        encoder = nn.Sequential(MLP(6, [8]), Synchronised())
+        net = MultiHeadNetwork(encoder, {task: nn.Sequential(nn.Linear(8, 1), Synchronised()) for task in NAMES})
+        return weighted(network=net, weighting=FAMILY[name](), optimizer=partial(torch.optim.SGD, lr=0.01))
+
+    _assert_ranks_equal_one(build, data, tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------------------ bad input
