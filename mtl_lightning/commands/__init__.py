@@ -1,0 +1,1 @@
+"""What the command line does beyond a single ``fit``: comparisons of methods over seeds."""
