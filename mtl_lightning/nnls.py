@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 
 Array = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
+Mask = np.ndarray[tuple[int, ...], np.dtype[np.bool_]]
+
+DEPENDENT = 1e-13  # the squared sine of an angle that is rounding; of gradients in float32 it is 1e-14
 
 
 def nonnegative_least_squares(gramian: Tensor, products: Tensor) -> Tensor:
@@ -71,10 +74,14 @@ def nnls(gramian: Array, products: Array) -> Array:
         if not open_to.any():
             break
         entering = int(np.argmax(np.where(open_to, slopes, -np.inf)))
+        # A column that is, up to rounding, a sum of those in the fit has no slope but for rounding, and could be fitted
+        # with huge numbers only.
+        if not _is_independent(matrix, passive, entering):
+            rejected[entering] = True
+            continue
         passive[entering] = True
         solution = _fit(matrix, target, passive)
-        if solution is None or solution[entering] <= 0:
-            # Its column is one of those in the fit, up to rounding, which is all that its slope is.
+        if solution[entering] <= 0:  # so small was its slope
             passive[entering] = False
             rejected[entering] = True
             continue
@@ -85,24 +92,24 @@ def nnls(gramian: Array, products: Array) -> Array:
             gone[np.argmin(np.where(blocking, x, np.inf))] = True
             passive &= ~gone
             x[~passive] = 0.0
-            reduced = _fit(matrix, target, passive)
-            assert reduced is not None  # part of a set that could be solved for
-            solution = reduced
+            solution = _fit(matrix, target, passive)
         x = solution
         rejected = ~candidates
     return size * inverse * x
 
 
-def _fit(matrix: Array, target: Array, passive: np.ndarray[tuple[int, ...], np.dtype[np.bool_]]) -> Array | None:
-    """Return the least squares fit with some columns only, or ``None`` if they are not independent."""
+def _is_independent(matrix: Array, passive: Mask, entering: int) -> bool:
+    """Return whether a column of length one has a part that the columns of the fit have not."""
+    (chosen,) = np.nonzero(passive)
+    row = matrix[entering, chosen]
+    return bool(1 - row @ np.linalg.solve(matrix[np.ix_(chosen, chosen)], row) > DEPENDENT)
+
+
+def _fit(matrix: Array, target: Array, passive: Mask) -> Array:
+    """Return the least squares fit with some columns only."""
     found = np.zeros_like(target)
     (chosen,) = np.nonzero(passive)
-    if not len(chosen):
-        return found
-    try:
-        found[chosen] = np.linalg.solve(matrix[np.ix_(chosen, chosen)], target[chosen])
-    except np.linalg.LinAlgError:
-        return None
+    found[chosen] = np.linalg.solve(matrix[np.ix_(chosen, chosen)], target[chosen])
     return found
 
 

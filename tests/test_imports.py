@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 OWN = "mtl_lightning"
 
 # Layer: the own layers it may import, and the third parties.
-_CORE = {"torch", "numpy", "scipy", "moocore", "sklearn"}
+_CORE = {"torch", "numpy", "scipy", "moocore", "sklearn", "torchjd"}
 _LIGHTNING = {"lightning", "torchmetrics", "torch", "numpy"}
 ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "core": ({"core"}, _CORE),
@@ -22,12 +22,14 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "modules": ({"core", "metrics", "modules"}, _LIGHTNING),
     "strategies": ({"core", "strategies"}, {"lightning", "torch"}),
     "callbacks": ({"core", "metrics", "callbacks"}, _LIGHTNING | {"matplotlib"}),
+    "report": ({"core", "report"}, {"torch", "numpy", "yaml"}),
     "datamodules": (
         {"core", "metrics", "datamodules"},
         _LIGHTNING | {"torchvision", "sklearn", "matplotlib", "PIL", "scipy"},
     ),
+    "commands": ({"core", "metrics", "networks", "modules", "callbacks", "commands", "report"}, _LIGHTNING | {"yaml"}),
     "cli": (
-        {"core", "metrics", "networks", "modules", "strategies", "callbacks", "datamodules"},
+        {"core", "metrics", "networks", "modules", "strategies", "callbacks", "datamodules", "commands"},
         _LIGHTNING | {"jsonargparse", "yaml"},
     ),
 }

@@ -47,6 +47,17 @@ def test_columns_that_repeat_and_columns_of_zeros() -> None:
     assert found[-1] == 0
 
 
+def test_columns_that_cancel_out_but_for_rounding_are_not_fitted_with_huge_numbers() -> None:
+    for seed in range(50):
+        matrix, target = _problem(6, 4, seed)
+        matrix[:, 2] = -(0.3 * matrix[:, 0] + 0.7 * matrix[:, 1])
+        exact, _ = scipy.optimize.nnls(matrix.numpy(), target.numpy())
+        rounded = matrix.float().double()
+        found = nonnegative_least_squares(rounded.T @ rounded, rounded.T @ target)
+        assert found.max() < 1e3
+        np.testing.assert_allclose((rounded @ found).numpy(), matrix.numpy() @ exact, atol=1e-5)
+
+
 def test_a_batch_is_solved_one_by_one_in_the_dtype_given() -> None:
     problems = [_problem(10, 4, seed) for seed in range(6)]
     gramians = torch.stack([matrix.T @ matrix for matrix, _ in problems]).view(2, 3, 4, 4).float()
