@@ -255,9 +255,11 @@ class HypervolumeCallback(ObjectivesCallback):
         trainer.callback_metrics.update(tensors)
         trainer.logged_metrics.update(tensors)
         trainer.progress_bar_metrics[self.name] = values[self.name]
+        # Where Lightning has put the other metrics of this validation: it counts batches, from zero.
+        step = trainer.fit_loop.epoch_loop._batches_that_stepped
         if trainer.is_global_zero:
             for logger in trainer.loggers:
-                logger.log_metrics(values, step=trainer.global_step)
+                logger.log_metrics(values, step=step)
 
     def _path(self, folder: Path, suffix: str) -> Path:
         return folder / f"{self.name.replace('/', '-')}.{suffix}"

@@ -1,8 +1,9 @@
-"""The command line: ``mtl-lightning fit|validate|test|predict --config FILE``, and ``mtl-lightning preview``.
+"""The command line: ``mtl-lightning fit|validate|test|predict|compare|single-tasks|report|preview``.
 
-The first is a :class:`~lightning.pytorch.cli.LightningCLI`: any LightningModule and any LightningDataModule, with their
-networks, tasks, rules and callbacks, are named by class in the configuration. The second draws samples of a data module
-with all their labels.
+The first four are a :class:`~lightning.pytorch.cli.LightningCLI`: any LightningModule and any LightningDataModule, with
+their networks, tasks, rules and callbacks, are named by class in the configuration. ``compare`` trains methods with
+several seeds and writes tables, ``single-tasks`` the baselines of each task alone; ``report`` shows a run on one page,
+and :func:`load` makes its module again; ``preview`` draws samples of a data module with all their labels.
 """
 
 from __future__ import annotations
@@ -11,22 +12,18 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+from mtl_lightning.commands.compare import compare, single_tasks
+from mtl_lightning.commands.loading import load as load
+from mtl_lightning.commands.parsing import USER_ERRORS, Parser, one_line
+from mtl_lightning.commands.run_report import report
 from mtl_lightning.datamodules.preview import write_preview
-
-
-class _Parser(LightningArgumentParser):
-    """A parser that ends in one line."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print what is wrong in one line and leave."""
-        sys.exit(f"mtl-lightning: error: {_one_line(message)}")
 
 
 class MultiTaskCLI(LightningCLI):
@@ -34,8 +31,14 @@ class MultiTaskCLI(LightningCLI):
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Return a parser whose errors are one line."""
-        kwargs.setdefault("epilog", "mtl-lightning preview --help: a picture of the samples of a data module.")
-        parser = _Parser(**kwargs)
+        kwargs.setdefault(
+            "epilog",
+            "mtl-lightning compare --help: methods with several seeds, and tables. "
+            "mtl-lightning single-tasks --help: each task alone, the baselines of delta m. "
+            "mtl-lightning report --help: what a run has left, on one page. "
+            "mtl-lightning preview --help: a picture of the samples of a data module.",
+        )
+        parser = Parser(**kwargs)
         parser.add_argument(
             "-c", "--config", action="config", help="Path to a configuration file in json or yaml format."
         )
@@ -45,7 +48,7 @@ class MultiTaskCLI(LightningCLI):
         """Make the objects of the configuration; what their constructors refuse ends in one line, too."""
         try:
             super().instantiate_classes()
-        except (MisconfigurationException, OSError, TypeError, ValueError) as error:
+        except USER_ERRORS as error:
             self.parser.error(f"{type(error).__name__}: {error}")
 
 
@@ -67,7 +70,7 @@ def run(args: Sequence[str] | None = None) -> MultiTaskCLI:
             args=None if args is None else list(args),
         )
     except (MisconfigurationException, FileNotFoundError) as error:  # found when the run begins: flags and checkpoints
-        sys.exit(f"mtl-lightning: error: {_one_line(str(error))}")
+        sys.exit(f"mtl-lightning: error: {one_line(str(error))}")
 
 
 def preview(args: Sequence[str]) -> Path:
@@ -77,7 +80,7 @@ def preview(args: Sequence[str]) -> Path:
         args: The arguments after ``preview``: ``--data``, or ``--config`` of a file that has it, such as one for
             ``fit``; ``--output``, ``--samples`` and ``--split``.
     """
-    parser = _Parser(prog="mtl-lightning preview", description="Draw samples of a data module with all their labels.")
+    parser = Parser(prog="mtl-lightning preview", description="Draw samples of a data module with all their labels.")
     parser.add_argument("--config", type=str, help="Configuration file, of which only `data` is read.")
     parser.add_argument("--output", type=str, default="preview.png", help="Path of the picture.")
     parser.add_argument("--samples", type=int, default=6, help="Number of samples.")
@@ -92,7 +95,7 @@ def preview(args: Sequence[str]) -> Path:
                 parser.set_defaults({"data": content["data"]})
         config = parser.instantiate_classes(parser.parse_args(list(args)))
         path = write_preview(config.output, config.data, config.samples, config.split)
-    except (MisconfigurationException, OSError, TypeError, ValueError, yaml.YAMLError) as error:
+    except (*USER_ERRORS, yaml.YAMLError) as error:
         parser.error(f"{type(error).__name__}: {error}")
     sys.stdout.write(f"{path}\n")
     return path
@@ -100,18 +103,12 @@ def preview(args: Sequence[str]) -> Path:
 
 def main() -> None:
     """Run the command line with the arguments of the process."""
-    if sys.argv[1:2] == ["preview"]:
-        preview(sys.argv[2:])
+    commands = {"preview": preview, "compare": compare, "single-tasks": single_tasks, "report": report}
+    if sys.argv[1:2] and sys.argv[1] in commands:
+        commands[sys.argv[1]](sys.argv[2:])
     else:
         run()
 
 
-def _one_line(message: str) -> str:
-    lines = [line.strip(" -") for line in message.splitlines() if line.strip(" -")]
-    if "Errors:" in lines:
-        # A union of types is reported with the failure of each member, the named class first and None last. Unions
-        # nest: what to read is the first failure of the innermost.
-        first = len(lines) - lines[::-1].index("Errors:")
-        last = first + (2 if lines[first].endswith(":") else 1)
-        lines = [*(line for line in lines[:1] if line.startswith("Parser key")), *lines[first:last]]
-    return " ".join(" ".join(lines).split())
+if __name__ == "__main__":
+    main()

@@ -10,11 +10,12 @@ import pytest
 import torch
 import yaml
 
-from mtl_lightning.cli import preview, run
+from mtl_lightning.cli import main, preview, run
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 CONFIG = CONFIGS / "mt2o_multi_digits.yaml"
 SCENES = CONFIGS / "task_groups_scenes.yaml"
+FOR_FIT = sorted(path for path in CONFIGS.glob("*.yaml") if not path.stem.startswith("compare"))
 SHORT = [
     "--model.init_args.growth.init_args.every_n_batches=1",
     "--trainer.max_epochs=2",
@@ -104,7 +105,7 @@ def test_task_groups_leave_their_heat_map_timeline_and_metrics(folder: Path) -> 
     assert resumed.model.batches_seen == 9
 
 
-@pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("config", FOR_FIT, ids=lambda path: path.stem)
 def test_the_printed_configuration_can_be_read_back(
     config: Path, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -212,4 +213,19 @@ def test_the_command_is_installed() -> None:
     command = Path(sys.executable).with_name("mtl-lightning")
     result = subprocess.run([command, "--help"], capture_output=True, text=True, check=False)
     assert result.returncode == 0
-    assert all(name in result.stdout for name in ("fit", "validate", "test", "predict"))
+    text = "".join(result.stdout.split())  # wherever the lines are broken
+    assert all(name in text for name in ("fit", "validate", "test", "predict"))
+    assert all(f"mtl-lightning{name}--help" in text for name in ("preview", "compare", "single-tasks"))
+
+
+@pytest.mark.parametrize("command", ["compare", "single-tasks"])
+def test_the_command_is_handed_its_arguments(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(
+        sys, "argv", ["mtl-lightning", command, f"--config={CONFIGS / 'compare_multi_digits.yaml'}", "--list"]
+    )
+    main()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == (4 + 6 if command == "compare" else 4)
+    assert lines[0].startswith("mtl-lightning single-tasks --config=")
