@@ -12,6 +12,9 @@ from mtl_lightning.networks.encoder_decoder import EncoderDecoder
 from mtl_lightning.networks.lenet import LeNetEncoder
 from mtl_lightning.networks.mlp import MLP
 from mtl_lightning.networks.multi_head import MultiHeadNetwork
+from mtl_lightning.networks.pareto_hypernetwork import ParetoHypernetwork
+from mtl_lightning.networks.pareto_manifold import ParetoManifold
+from mtl_lightning.networks.preference_concatenation import PreferenceConcatenation, PreferenceUpsampling
 from mtl_lightning.networks.timm_vit import TimmViTEncoder
 from mtl_lightning.networks.vit import VisionTransformerEncoder
 
@@ -22,6 +25,10 @@ __all__ = [
     "EncoderDecoder",
     "LeNetEncoder",
     "MultiHeadNetwork",
+    "ParetoHypernetwork",
+    "ParetoManifold",
+    "PreferenceConcatenation",
+    "PreferenceUpsampling",
     "TimmViTEncoder",
     "VisionTransformerEncoder",
 ]
