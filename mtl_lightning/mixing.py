@@ -51,14 +51,16 @@ class Mixing:
 
     def start(self) -> None:
         """Send off the parameters; they must not change before :meth:`step`."""
-        self.exchange.start(self._picked(self.population.theta.detach()))
+        theta = self.population.theta.detach()
+        self.exchange.start(theta if self._slots is None else self._picked(theta))
         self._started = True
 
     @torch.no_grad()
     def receive(self) -> Tensor:
-        """Return the parameters of the subproblems that this process hears of, in the columns that are mixed.
+        """Return the parameters of the subproblems that this process hears of.
 
-        Without givers these are all subproblems, shape ``(P, N)``.
+        With givers these are the columns that are mixed. Without them they are all columns of all subproblems, shape
+        ``(P, D)``, since a rule that hears of all may read them.
         """
         if not self._started:
             self.start()
@@ -74,6 +76,7 @@ class Mixing:
             matrix: ``M``, shape ``(P, P)``; its rows sum to one.
             healthy: Shape ``(P,)``, bool. The rows of the others may hold NaN; ``M`` gives them no weight.
         """
+        rows = self._picked(rows) if self._slots is None else rows
         mixed = self._product(rows, self._weights(matrix, healthy), healthy)
         theta = self.population.theta
         if mixed.shape[1] == theta.shape[1]:
@@ -93,7 +96,7 @@ class Mixing:
         weights = self._weights(matrix, healthy)
         for dtype in sorted({buffer.dtype for buffer in buffers}, key=str):
             some = [buffer for buffer in buffers if buffer.dtype == dtype]
-            own = torch.cat([buffer.view(len(buffer), buffer.shape[1:].numel()) for buffer in some], dim=1)
+            own = torch.cat([buffer.reshape(len(buffer), buffer.shape[1:].numel()) for buffer in some], dim=1)
             self.exchange.start(own)
             rows = self.exchange.finish()
             # Infinite entries are constants, such as those of attention masks, and stay.

@@ -226,7 +226,7 @@ class Population(nn.Module):
         """
         if self.theta.grad is None:
             self.theta.grad = torch.zeros_like(self.theta)
-        size = 1 if self._chosen == "loop" else self.chunk_size or self.size
+        size = 1 if self._chosen == "loop" else self.chunk_size or max(self.size, 1)  # there may be no row here
         for start in range(0, self.size, size):
             yield Chunk(self, slice(start, min(start + size, self.size)))
 

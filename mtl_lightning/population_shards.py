@@ -104,7 +104,7 @@ class Shards:
             return rows.to(device)
         own = rows[:0]
         for rank, block in enumerate(self.blocks):
-            part = rows[block.start : block.stop].to(device, copy=True)
+            part = rows[block.start : block.stop].to(device, copy=True, memory_format=torch.contiguous_format)
             self._broadcast(part, 0)
             if rank == self.rank:
                 own = part
@@ -114,7 +114,9 @@ class Shards:
     def fetch(self, rows: Tensor, index: int) -> Tensor:
         """Return the row of subproblem ``index`` on every process, shape ``(...)``."""
         owner = self.owner(index)
-        row = rows[index - self.own.start].clone() if owner == self.rank else rows.new_empty(rows.shape[1:])
+        row = rows.new_empty(rows.shape[1:])
+        if owner == self.rank:
+            row.copy_(rows[index - self.own.start])
         self._broadcast(row, owner)
         return row
 

@@ -54,7 +54,6 @@ class PopulationEvaluation(nn.Module):
         for _, metrics in self._named():
             for metric in metrics:
                 metric.reset()
-                metric.process_group = self.group
 
     def update(
         self,
@@ -81,26 +80,46 @@ class PopulationEvaluation(nn.Module):
                 for index, metric in enumerate(metrics[: self._size]):
                     metric.update(outputs[name][index], targets[name])
 
-    def compute(self, reduce: Callable[[Tensor], Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    def compute(self, reduce: Callable[[Tensor], Tensor], is_alone: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the mean losses, shape ``(P, T)``, and the metrics, name to values of shape ``(P,)``; float32.
 
         Args:
             reduce: Sums a tensor over the ranks; every rank has to take part. Metrics reduce themselves.
+            is_alone: Whether no other process evaluates the same subproblems, even if there are some.
         """
         counts = reduce(self.counts.clone())
         losses = reduce(self.sums.clone()) / counts
         failed = ~losses[:, counts > 0].isfinite().all(dim=1)
         values = {}
         for key, metrics in self._named():
-            results = [metric.compute() for metric in metrics[: self._size]]
+            results = [self._computed(metric, is_alone) for metric in metrics[: self._size]]
             if not all(isinstance(result, Tensor) and result.ndim == 0 for result in results):
                 raise ValueError(f"The metric {key!r} should compute a scalar. Found {results[0]!r}.")
             values[key] = torch.stack(results).float() if results else losses.new_zeros(0)
         # A class decided by comparing NaN is no result, although a metric may count it.
         return losses, {key: value.masked_fill(failed, torch.nan) for key, value in values.items()}
 
+    def _computed(self, metric: Metric, is_alone: bool) -> Any:
+        parts = [
+            part for part in metric.modules() if isinstance(part, Metric)
+        ]  # those inside a wrapper reduce themselves
+        kept = [part.distributed_available_fn for part in parts]
+        for part in parts:
+            part.process_group = self.group
+            part.distributed_available_fn = _never if is_alone else part.distributed_available_fn
+        try:
+            return metric.compute()
+        finally:
+            # A metric that holds a group can be neither copied nor pickled.
+            for part, available in zip(parts, kept, strict=True):
+                part.process_group, part.distributed_available_fn = None, available
+
     def _named(self) -> list[tuple[str, list[Metric]]]:
         return [(key, list(cast("nn.ModuleList", metrics))) for key, metrics in self.metrics.items()]  # type: ignore[arg-type]
+
+
+def _never() -> bool:
+    return False
 
 
 def named_metrics(task: Task) -> dict[str, Metric]:

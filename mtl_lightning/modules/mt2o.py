@@ -235,6 +235,11 @@ class MT2OModule(PopulationModule):
             self._matrix_checked = True
         return matrix
 
+    def on_fit_start(self) -> None:
+        """Forget what was prepared for the device, and for the preferences, of an earlier run."""
+        super().on_fit_start()
+        self._mixing = None
+
     def on_replaced(self, subproblems: Sequence[int] | None) -> None:
         """Let the rule forget what it measured on them."""
         self.transfer.reset(subproblems)

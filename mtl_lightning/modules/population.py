@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -25,6 +25,8 @@ from mtl_lightning.modules.base import (
     OptimizerCallable,
 )
 from mtl_lightning.modules.evaluation import PopulationEvaluation
+from mtl_lightning.modules.scaling import ScaledSteps
+from mtl_lightning.modules.waiting import meeting
 from mtl_lightning.population import Chunk, Compiler, Population, UserInputError
 from mtl_lightning.population_shards import Shards
 from mtl_lightning.preferences import check_preferences
@@ -80,6 +82,10 @@ class PopulationModule(MultiTaskModule):
         chunk_size: How many subproblems share one backward pass under vmap.
         compiler: Compiles the evaluation of the network, such as ``torch.compile``; see
             :class:`~mtl_lightning.population.Population`.
+
+    Note:
+        With 16-bit mixed precision a step in which the gradient of any subproblem overflows is skipped for all of them,
+        by all processes; ``skipped_steps``, how many there were, is logged with the training losses once there are any.
 
     Attributes:
         population: The subproblems of this process, a :class:`~mtl_lightning.population.Population`.
@@ -141,6 +147,7 @@ class PopulationModule(MultiTaskModule):
         self._timed_size: int | None = None
         self._frozen: tuple[int, ...] = ()
         self._losses_of_step = LossAverage(len(self.tasks))
+        self._scaled_steps = ScaledSteps()
         self._pending_gradient: Tensor | None = None
         self._inputs_compared = False
         self._final_values: Tensor | None = None
@@ -158,7 +165,8 @@ class PopulationModule(MultiTaskModule):
         """The preference vectors of the live subproblems, shape ``(P, T)``."""
         # No buffer: half precision would round it with the parameters.
         if self._live.device != self.device:
-            self._live = self._live.to(self.device)
+            with torch.inference_mode(False):  # a validation may be the first to read it, and training comes after
+                self._live = self._live.to(self.device)
         return self._live
 
     @property
@@ -197,7 +205,8 @@ class PopulationModule(MultiTaskModule):
         size = self.shards.size
         if not -size <= index < size:
             raise IndexError(f"`index` should lie in [0, {size}). Found {index}.")
-        return self.population.member_of(lambda rows: self.shards.fetch(rows, index % size))
+        with torch.inference_mode(False):  # it may be trained later, wherever it is picked
+            return self.population.member_of(lambda rows: self.shards.fetch(rows, index % size))
 
     def select(self, preference: Tensor | Sequence[float]) -> nn.Module:
         """Return the subproblem with the preference nearest to ``preference``, shape ``(T,)``, as a plain module.
@@ -285,13 +294,14 @@ class PopulationModule(MultiTaskModule):
 
     def reduced(self, tensor: Tensor, operation: Literal["mean", "sum"]) -> Tensor:
         """Return the mean or the sum of ``tensor`` over the ranks with the same subproblems; it may be changed."""
-        if self._data_group is None:
-            return super().reduced(tensor, operation)
-        if self._data_ranks[1] == 1:
+        if self.data_world_size == 1:
             return tensor
-        reduced = self.trainer.strategy.reduce(tensor, group=self._data_group, reduce_op=operation)
-        assert isinstance(reduced, Tensor)
-        return reduced
+        # Lightning's reduction lets the ranks wait for each other first, and under the loop there is one for each row.
+        if operation == "mean":
+            tensor = tensor / self.data_world_size  # before the sum, which could overflow in half precision
+        with meeting(self.trainer.strategy):
+            torch.distributed.all_reduce(tensor, group=self._data_group)
+        return tensor
 
     def batch_seed(self) -> int:
         """Return the seed of this batch on this rank; ranks that see the same data have the same."""
@@ -330,7 +340,8 @@ class PopulationModule(MultiTaskModule):
 
     def gather(self) -> None:
         """Bring the subproblems of all processes together again, in the memory of the host."""
-        shards = self.shards
+        shards, gradient = self.shards, self.get_extra_state()["gradient"]
+        self._pending_gradient = None if gradient is None else shards.collect(gradient)
         self.population.rearrange_(shards.collect)
         self._losses_of_step.rearrange(shards.collect)
         self.shards, self._data_group, self._data_ranks = Shards(shards.size), None, (0, 1)
@@ -356,19 +367,27 @@ class PopulationModule(MultiTaskModule):
 
     # ------------------------------------------------------------------------------------------------------- training
 
-    def on_fit_start(self) -> None:
-        """Refuse strategies under which the rows of the population are not whole.
+    def configure_callbacks(self) -> list[Any]:
+        """Refuse strategies under which the rows of the population are not whole, before they are set up.
 
         Raises:
-            MisconfigurationException: If the strategy is neither a single device nor DDP nor population parallel.
+            MisconfigurationException: If the strategy is neither a single device nor DDP nor population parallel, or a
+                flag of the trainer does not reach manual optimisation.
         """
-        super().on_fit_start()
-        if self.trainer.world_size > 1 and not isinstance(self.trainer.strategy, DDPStrategy):
+        strategy = self.trainer.strategy
+        if self.trainer.state.fn == "fit" and not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
             raise MisconfigurationException(
                 f"`{type(self).__name__}` trains on one device, with DDP (`Trainer(strategy='ddp')`) or, where the "
                 "population is too large for one device, with `Trainer(strategy=PopulationParallelStrategy())`. "
-                f"Found {type(self.trainer.strategy).__name__}."
+                f"Found {type(strategy).__name__}."
             )
+        return super().configure_callbacks()
+
+    def on_fit_start(self) -> None:
+        """Let all processes have the preferences of the first one, which may have been drawn at random."""
+        super().on_fit_start()
+        self._stages = self.trainer.strategy.broadcast(self._stages)
+        self._live = self._stages[self._stage].preferences
 
     def on_train_epoch_end(self) -> None:
         """Look after subproblems that failed in the last batch; step the schedulers that monitor a metric."""
@@ -391,6 +410,10 @@ class PopulationModule(MultiTaskModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         """Do one step of all subproblems."""
+        with meeting(self.trainer.strategy):
+            self._train(batch, batch_idx)
+
+    def _train(self, batch: Any, batch_idx: int) -> None:
         inputs, targets = self.unpack_batch(batch)
         labels = self.count_labels(targets)
         self._compare_inputs(inputs)
@@ -419,9 +442,12 @@ class PopulationModule(MultiTaskModule):
         if self._inputs_compared or not self.shards.is_spread:
             return
         self._inputs_compared = True
-        tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
-        sums = [torch.stack([t.double().sum(), t.double().abs().sum()]) for t in tensors]
-        own = torch.stack([*sums, torch.zeros(2, dtype=torch.float64, device=self.device)]).sum(dim=0)
+        own = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for leaf in pytree.tree_leaves(inputs):
+            if isinstance(leaf, Tensor):
+                # What is missing in the inputs may be NaN, which equals nothing.
+                values = leaf.detach().double().nan_to_num(0.0, 0.0, 0.0)
+                own += torch.stack([values.sum(), values.abs().sum()]).to(self.device)
         every = Shards(self.shards.count, self.shards.group).gather(own.unsqueeze(0))
         if not torch.equal(every, every[:1].expand_as(every)):
             raise UserInputError(
@@ -464,7 +490,6 @@ class PopulationModule(MultiTaskModule):
             losses: The losses of the subproblems of this process, shape ``(p, T)``.
             tasks: The tasks that had labels.
         """
-        optimizer: Any = self.optimizers()
         theta = self.population.theta
         self.reduce_gradients()
         assert theta.grad is not None
@@ -473,11 +498,25 @@ class PopulationModule(MultiTaskModule):
         own = self.shards.own
         places = [index - own.start for index in self._frozen if index in own]
         frozen = {place: theta.detach()[place].clone() for place in places}
-        self.update_parameters(losses, tasks, optimizer.step)
+        self.update_parameters(losses, tasks, self._take_step)
         for place, row in frozen.items():
             theta.data[place] = row
         self._steps += 1
         self.step_schedulers("step")
+
+    def _take_step(self) -> None:
+        """Step the optimiser, unless the gradient scaler has all processes skip the step."""
+        optimizer: Any = self.optimizers()
+        raw, precision = optimizer.optimizer, self.trainer.precision_plugin
+        scaler = getattr(precision, "scaler", None)
+
+        def step() -> None:
+            if scaler is not None and getattr(raw, "_step_supports_amp_scaling", False):
+                # Lightning leaves it to a fused optimiser, inside of which no other process hears of an overflow.
+                scaler.unscale_(raw)
+            optimizer.step()
+
+        self._scaled_steps.take(precision, raw, step, is_last=True)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Clip the gradient of each subproblem, after any gradient scaling is undone."""
@@ -542,11 +581,12 @@ class PopulationModule(MultiTaskModule):
     def _share_health(self, losses: Tensor, tasks: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """Return the losses of all subproblems, ``(P, T)``, and which of them are finite, ``(P,)``."""
         theta = self.population.theta
-        healthy = losses[:, list(tasks)].isfinite().all(dim=1) & theta.detach().sum(dim=1).isfinite()
+        wide = torch.promote_types(theta.dtype, torch.float32)  # in half precision the sum of a row may overflow
+        healthy = losses[:, list(tasks)].isfinite().all(dim=1) & theta.detach().sum(dim=1, dtype=wide).isfinite()
         if getattr(self.trainer.precision_plugin, "scaler", None) is None:
             # Under a gradient scaler an overflow is no failure: the scaler skips the step and lowers the scale.
             assert theta.grad is not None
-            healthy &= theta.grad.sum(dim=1).isfinite()
+            healthy &= theta.grad.sum(dim=1, dtype=wide).isfinite()
         every = self.shards.gather(torch.cat([losses, healthy.unsqueeze(1).to(losses)], dim=1))
         losses, healthy = every[:, :-1], every[:, -1] > 0
         for index in self._frozen:
@@ -649,9 +689,12 @@ class PopulationModule(MultiTaskModule):
 
     def _finish_evaluation(self) -> None:
         if self._evaluated:
-            values, metrics = self._evaluation.compute(partial(self.reduced, operation="sum"))
-            self._final_values = self.shards.gather(values)
-            self._final_metrics = {name: self.shards.gather(value) for name, value in metrics.items()}
+            with meeting(self.trainer.strategy):
+                values, metrics = self._evaluation.compute(
+                    partial(self.reduced, operation="sum"), is_alone=self.data_world_size == 1
+                )
+                self._final_values = self.shards.gather(values)
+                self._final_metrics = {name: self.shards.gather(value) for name, value in metrics.items()}
             self._evaluated = False
 
     def _log_evaluation(self, split: str) -> None:
@@ -666,8 +709,9 @@ class PopulationModule(MultiTaskModule):
         if (self.batches_seen + 1) % every and batch_idx and not self.trainer.is_last_batch:
             return
         losses = self.shards.gather(losses)
-        columns = {f"train_loss/{self.task_names[task]}": losses[:, task].nanmean() for task in tasks}
-        self.log_dict(columns)
+        columns: dict[str, Any] = {f"train_loss/{self.task_names[task]}": losses[:, task].nanmean() for task in tasks}
+        skipped = self._scaled_steps.skipped
+        self.log_dict(columns | ({"skipped_steps": float(skipped)} if skipped else {}))
         self.log("train_loss", losses.nanmean(), prog_bar=True)
 
     # ------------------------------------------------------------------------------------------------ optimiser, state
@@ -681,9 +725,25 @@ class PopulationModule(MultiTaskModule):
         check_elementwise(self._optimizer, self.population.theta.device)
         return super().configure_optimizers()
 
+    def checkpoint_facts(self) -> dict[str, Any]:
+        """Return what a checkpoint and this module have to share: beside the rest, the preferences."""
+        preferences = [[round(weight, 6) for weight in row] for row in self.final_preferences.tolist()]
+        return super().checkpoint_facts() | {"preferences": preferences}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Let the checkpoint hold the accumulated gradient of all ranks, each of which has seen its own batches."""
+        super().on_save_checkpoint(checkpoint)
+        gradient = self.get_extra_state()["gradient"]
+        # Inside a batch, as after an exception, the other ranks may be elsewhere.
+        if gradient is not None and self.data_world_size > 1 and not self._in_batch:
+            mean = self.reduced(gradient.clone(), "mean")
+            mean = self.shards.collect(mean) if self.shards.is_spread else mean
+            checkpoint["state_dict"]["_extra_state"]["gradient"] = mean
+
     def get_extra_state(self) -> dict[str, Any]:
         """Return everything that decides how the run goes on and is not a parameter or a buffer."""
         gradient = self.population.theta.grad if self._accumulated else None
+        gradient = gradient if self._pending_gradient is None else self._pending_gradient
         return super().get_extra_state() | {
             "stage": self._stage,
             "size": self.shards.size,
@@ -693,6 +753,7 @@ class PopulationModule(MultiTaskModule):
             "timed_size": self._timed_size,
             "gradient": gradient,
             "losses_of_step": self._losses_of_step.state_dict(),
+            "skipped_steps": self._scaled_steps.skipped,
             "objective_values": self._final_values,
             "metric_values": dict(self._final_metrics),
         }
@@ -714,6 +775,7 @@ class PopulationModule(MultiTaskModule):
         device = self._healthy.device
         self._healthy = state["healthy"].to(device)
         self._losses_of_step.load_state_dict(state["losses_of_step"], device)
+        self._scaled_steps.skipped = state["skipped_steps"]
         self._frozen = tuple(state["frozen"])
         self._timed_size = state["timed_size"]
         if self.population.backend == "auto":

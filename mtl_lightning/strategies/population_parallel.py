@@ -17,8 +17,8 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from torch import Tensor
 from torch import distributed as dist
+from torch.amp import GradScaler
 from torch.distributed.constants import default_pg_timeout
-from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.optim import Optimizer
 
 from mtl_lightning.population_shards import Shards
@@ -151,19 +151,7 @@ class PopulationParallelStrategy(DDPStrategy):
         self._share_the_rest(module)
         shards = Shards(module.shards.size, group)
         module.spread(shards, data_group, data_rank, self.data_parallel_size, self.root_device)
-        plugin = self.precision_plugin
-        if isinstance(plugin, MixedPrecision) and plugin.scaler is not None:
-            # All have to skip a step if one has to.
-            scaler = plugin.scaler
-            plugin.scaler = ShardedGradScaler(
-                device=self.root_device.type,
-                init_scale=scaler.get_scale(),
-                growth_factor=scaler.get_growth_factor(),
-                backoff_factor=scaler.get_backoff_factor(),
-                growth_interval=scaler.get_growth_interval(),
-                process_group=dist.group.WORLD,
-            )
-        self._last_shards = None
+        self._share_overflows()
         # Not that of DDP, which lets the first process overwrite what the others hold.
         assert self.accelerator is not None
         assert self.model is not None
@@ -171,6 +159,7 @@ class PopulationParallelStrategy(DDPStrategy):
         self.precision_plugin.convert_module(self.model)
         self.model_to_device()
         if trainer.state.fn == TrainerFn.FITTING:
+            self._last_shards = None
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
 
@@ -182,6 +171,16 @@ class PopulationParallelStrategy(DDPStrategy):
                 shared = tensor.detach().to(self.root_device, copy=True)
                 dist.broadcast(shared, 0)
                 tensor.data.copy_(shared)
+
+    def _share_overflows(self) -> None:
+        """Let all processes skip a step under a gradient scaler if one has to."""
+        plugin = self.precision_plugin
+        if not isinstance(plugin, MixedPrecision) or plugin.scaler is None or not plugin.scaler.is_enabled():
+            return
+        if not isinstance(plugin.scaler, _SharedGradScaler):
+            shared = _SharedGradScaler(self.root_device.type)
+            shared.load_state_dict(plugin.scaler.state_dict())
+            plugin.scaler = shared
 
     def _population_module(self) -> SpreadPopulationProtocol:
         module: Any = self.lightning_module
@@ -205,13 +204,14 @@ class PopulationParallelStrategy(DDPStrategy):
         shards = self._last_shards or self._population_module().shards
         if not shards.is_spread:
             return state
-        return _with_rows(state, len(shards.own), shards.collect)
+        # After the run it lies in the memory of the host, which not every backend can send from.
+        return _with_rows(state, len(shards.own), lambda rows: shards.collect(rows.to(self.root_device)))
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Take this process's part of the state of the optimiser."""
         shards = self._population_module().shards
         states = [
-            _with_rows(state, shards.size, lambda rows: rows[shards.members])
+            _with_rows(state, shards.size, lambda rows: rows[shards.members].clone())
             for state in checkpoint["optimizer_states"]
         ]
         super().load_optimizer_state_dict({"optimizer_states": states})
@@ -221,11 +221,21 @@ class PopulationParallelStrategy(DDPStrategy):
         trainer = None if self.lightning_module is None else self.lightning_module._trainer
         if trainer is not None and trainer.state.status != TrainerStatus.INTERRUPTED:
             module = self._population_module()
-            if module.shards.is_spread:
+            if module.shards.group is not None:
                 if trainer.state.fn == TrainerFn.FITTING:
                     self._last_shards = module.shards
                 module.gather()
         super().teardown()
+
+
+class _SharedGradScaler(GradScaler):
+    """Finds an overflow where any process does, so that all skip the same steps and have the same scale."""
+
+    def unscale_(self, optimizer: Optimizer) -> None:
+        # The one of FSDP does the same, but its flag has a shape that fused optimisers do not take.
+        super().unscale_(optimizer)
+        for found in self._found_inf_per_device(optimizer).values():
+            dist.all_reduce(found)
 
 
 def _with_rows(state: dict[str, Any], size: int, move: Any) -> dict[str, Any]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import os
+import pickle
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
@@ -11,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torchmetrics import MeanAbsoluteError
@@ -29,6 +33,7 @@ from mtl_lightning.transfer import (
     ProportionalTransfer,
     TransferRule,
 )
+from tests.distributed.ranks import Ranks, run_ranks
 from tests.modules.common import Interleaved, Position, assert_equal_states, flat, loader, mt2o, network, rows, trainer
 
 RULES: dict[str, Callable[[], TransferRule]] = {
@@ -56,6 +61,7 @@ class Write(Callback):
                 "metrics": dict(pl_module.metric_values),
                 "buffers": [buffer.clone() for buffer in pl_module.population.network.buffers()],
                 "logged": {k: v for k, v in trainer.callback_metrics.items() if k.startswith(("val", "train"))},
+                "skipped": pl_module.get_extra_state()["skipped_steps"],
             },
             self.folder / f"rank-{trainer.global_rank}.pt",
         )
@@ -65,6 +71,12 @@ def strategy(data_parallel_size: int = 1) -> PopulationParallelStrategy:
     return PopulationParallelStrategy(
         data_parallel_size, process_group_backend="gloo", timeout=timedelta(seconds=60), start_method="fork"
     )
+
+
+def ranked(devices: int = 2, data_parallel_size: int = 1, **arguments: Any) -> Trainer:
+    """Return a trainer for a process that `Ranks` has started."""
+    own = PopulationParallelStrategy(data_parallel_size, process_group_backend="gloo", timeout=timedelta(seconds=30))
+    return trainer(strategy=own, devices=devices, use_distributed_sampler=False, **arguments)
 
 
 def spread(devices: int = 2, data_parallel_size: int = 1, **arguments: Any) -> Trainer:
@@ -152,6 +164,20 @@ def test_growth_from_fewer_subproblems_than_processes(devices: int, tmp_path: Pa
     compare(build, tmp_path, devices=devices, exact=True)
 
 
+def test_growth_under_vmap_where_a_process_has_no_subproblem(tmp_path: Path) -> None:
+    compare(lambda: mt2o(growth=Doubling(every_n_batches=2), backend="vmap", optimizer=ADAM), tmp_path)
+
+
+def test_metrics_of_a_population_that_grows_between_validations(tmp_path: Path) -> None:
+    """Those of new subproblems are copies of one that has been synchronised; those inside of others are their own."""
+
+    def build() -> MT2OModule:
+        known = [Task("a", nn.MSELoss(), 2.0 * MeanAbsoluteError()), Task("b", nn.L1Loss(), MeanAbsoluteError())]
+        return mt2o(tasks=known, growth=Doubling(every_n_batches=5), optimizer=ADAM)
+
+    compare(build, tmp_path, exact=True, max_epochs=4)
+
+
 def test_vmap_in_every_process(tmp_path: Path) -> None:
     compare(lambda: mt2o(backend="vmap", batches="shared", optimizer=ADAM), tmp_path)
 
@@ -162,6 +188,84 @@ def test_every_subproblem_has_its_own_slice_of_a_batch(tmp_path: Path) -> None:
 
 def test_some_parameters_are_transferred(tmp_path: Path) -> None:
     compare(lambda: mt2o(transfer_parameters=["encoder.*"], optimizer=ADAM), tmp_path, exact=True)
+
+
+def test_a_rule_that_reads_parameters_reads_all_where_some_are_transferred(tmp_path: Path) -> None:
+    start = network()
+
+    def build() -> MT2OModule:
+        torch.manual_seed(3)
+        own = {"transfer": DistanceTransfer(), "transfer_parameters": ["encoder.*"], "init": "independent"}
+        return mt2o(network=start, optimizer=ADAM, **own)
+
+    compare(build, tmp_path)
+
+
+def test_frozen_parameters_of_any_layout_and_dtype(tmp_path: Path) -> None:
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.conv = nn.Conv2d(1, 2, 3).to(memory_format=torch.channels_last).requires_grad_(False)
+            self.frozen = nn.Parameter(torch.randn(6, 6).bfloat16().t(), requires_grad=False)
+            self.register_buffer("mask", torch.tensor([True, False] * 3))
+            self.rest = network()
+
+        def forward(self, inputs: Tensor) -> Any:
+            return self.rest((inputs * self.get_buffer("mask")) @ self.frozen.float() + self.conv.weight.sum())
+
+    compare(lambda: mt2o(network=Network(), optimizer=ADAM), tmp_path, exact=True)
+
+
+def test_inputs_may_hold_nan(tmp_path: Path) -> None:
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rest = network()
+
+        def forward(self, inputs: Tensor) -> Any:
+            return self.rest(inputs.nan_to_num(0.0, 0.0, 0.0))
+
+    def data() -> Position:
+        found = batches()
+        found[0][0][0, 0], found[0][0][1, 1] = torch.nan, torch.inf
+        return Position(found)
+
+    compare(lambda: mt2o(network=Network()), tmp_path, exact=True, data=data)
+
+
+def _train_from_random_preferences(folder: Path) -> None:
+    rank = int(os.environ["LOCAL_RANK"])
+    torch.manual_seed(rank)  # as processes that nobody has seeded alike
+    weights = torch.rand(6, 2)
+    module = mt2o(preferences=weights / weights.sum(dim=1, keepdim=True), network=network(seed=rank), optimizer=ADAM)
+    ranked(max_epochs=1).fit(module, fixed())
+    torch.save((module.preferences, rows(module)), folder / f"rank-{rank}.pt")
+
+
+def test_all_processes_have_the_preferences_of_the_first(tmp_path: Path) -> None:
+    run_ranks(_train_from_random_preferences, [tmp_path], folder=tmp_path)
+    first, second = (torch.load(tmp_path / f"rank-{rank}.pt") for rank in range(2))
+    torch.testing.assert_close(second, first, rtol=0.0, atol=0.0)
+    torch.manual_seed(0)
+    weights = torch.rand(6, 2)
+    alone = mt2o(preferences=weights / weights.sum(dim=1, keepdim=True), optimizer=ADAM)
+    trainer().fit(alone, fixed())
+    assert torch.equal(first[1], rows(alone))
+
+
+@pytest.mark.parametrize("transfer", [NeighborTransfer, DistanceTransfer])
+def test_growth_of_subproblems_times_data(transfer: Any, tmp_path: Path) -> None:
+    alone, module = (
+        mt2o(transfer=transfer(), optimizer=SGD, growth=Doubling(every_n_batches=2), gradient_clip_norm=1.0)
+        for _ in range(2)
+    )
+    trainer(max_epochs=2).fit(alone, Interleaved(batches()), Interleaved(batches()))
+    run = spread(4, data_parallel_size=2, max_epochs=2, callbacks=[Write(tmp_path)])
+    run.fit(module, _Halves(batches()), _Halves(batches()))
+    for rank in range(4):
+        found = torch.load(tmp_path / f"rank-{rank}.pt")
+        torch.testing.assert_close(found["theta"], rows(alone), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["neighbor", "distance"])
@@ -297,6 +401,97 @@ def test_models_can_be_picked_during_and_after_training(tmp_path: Path) -> None:
     assert whole["optimizer_states"][0]["state"][0]["exp_avg"].shape == rows(module).shape
 
 
+def _all_stages(folder: Path) -> None:
+    """Fit, validate, test, predict and fit again, in this process alone and among others."""
+    found = {}
+    for name, make in (("spread", ranked), ("alone", trainer)):
+        own = folder if name == "spread" else folder / os.environ["LOCAL_RANK"]
+        (own / name).mkdir(parents=True, exist_ok=True)
+        known = [Task("a", nn.MSELoss(), MeanAbsoluteError()), Task("b", nn.L1Loss())]
+        module = mt2o(tasks=known, optimizer=ADAM, accumulate_batches=2)
+        saving = ModelCheckpoint(own / name, monitor="val_loss", save_last=True)
+        run = make(
+            max_epochs=2,
+            callbacks=[saving, EarlyStopping("val_loss")],
+            enable_checkpointing=True,
+            num_sanity_val_steps=1,
+            val_check_interval=3,
+        )
+        run.fit(module, fixed(), fixed())
+        run.validate(module, fixed(), verbose=False)
+        run.save_checkpoint(own / name / "after.ckpt")
+        after = torch.load(own / name / "after.ckpt", weights_only=True)
+        results = [rows(module), after["state_dict"]["population.theta"], after["optimizer_states"]]
+        results += [run.validate(module, fixed(), verbose=False, ckpt_path="best")]
+        results += [run.test(module, fixed(), verbose=False, ckpt_path="best"), run.predict(module, fixed())]
+        run.fit_loop.max_epochs = 4
+        run.fit(module, fixed(), fixed())
+        copied = copy.deepcopy(module)
+        results += [rows(module), trainer().validate(copied, fixed(), verbose=False), copied.objective_values]
+        found[name] = [*results, pickle.loads(pickle.dumps(copied.population)).theta.detach()]
+    torch.testing.assert_close(found["spread"], found["alone"], rtol=0.0, atol=0.0)
+
+
+def test_every_stage_is_that_of_one_process(tmp_path: Path) -> None:
+    run_ranks(_all_stages, [tmp_path], folder=tmp_path)
+
+
+def _validate_on_the_first_process(folder: Path) -> None:
+    module = mt2o(tasks=[Task("a", nn.MSELoss(), MeanAbsoluteError()), Task("b", nn.L1Loss())])
+    ranked().fit(module, fixed(), fixed())
+    expected = module.objective_values, dict(module.metric_values)
+    if os.environ["LOCAL_RANK"] == "0":  # no other process is there to be waited for
+        trainer().validate(module, fixed(), verbose=False)
+        torch.testing.assert_close((module.objective_values, dict(module.metric_values)), expected)
+    torch.distributed.barrier()
+
+
+def test_one_process_can_validate_after_the_run(tmp_path: Path) -> None:
+    run_ranks(_validate_on_the_first_process, [tmp_path], folder=tmp_path)
+
+
+class _Stop(Callback):
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        trainer.should_stop = True
+
+
+def _stop_within_a_step(folder: Path) -> None:
+    make = partial(mt2o, optimizer=ADAM, accumulate_batches=2)
+    run = ranked(callbacks=[_Stop()], min_epochs=0, max_epochs=2)
+    run.fit(make(), fixed())
+    run.save_checkpoint(folder / "stopped.ckpt")  # the gradient of the first batch is still to be used
+    resumed = make()
+    ranked(max_epochs=1).validate(resumed, fixed(), ckpt_path=str(folder / "stopped.ckpt"), verbose=False)
+    own = torch.load(folder / "stopped.ckpt", weights_only=True)["state_dict"]["_extra_state"]
+    assert own["accumulated"] == 1
+    torch.testing.assert_close(resumed.get_extra_state()["gradient"], own["gradient"], rtol=0.0, atol=0.0)
+    alone, expected = make(), trainer(callbacks=[_Stop()], max_epochs=2)
+    expected.fit(alone, fixed())
+    torch.testing.assert_close(own["gradient"], alone.population.theta.grad, rtol=0.0, atol=0.0)
+
+
+def test_a_run_that_stops_within_a_step_keeps_its_gradient(tmp_path: Path) -> None:
+    run_ranks(_stop_within_a_step, [tmp_path], folder=tmp_path)
+
+
+def _train_on_one_block(folder: Path, data_parallel_size: int) -> None:
+    module = mt2o(optimizer=ADAM)
+    ranked(data_parallel_size, data_parallel_size, max_epochs=1).fit(module, fixed(), fixed())
+    module.trainer = None
+    copy.deepcopy(module)  # no process group is left in it
+    trainer(max_epochs=1).fit(module, fixed())
+    alone = mt2o(optimizer=ADAM)
+    for _ in range(2):
+        trainer(max_epochs=1).fit(alone, fixed())
+    torch.testing.assert_close(rows(module), rows(alone), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("data_parallel_size", [1, 2])
+def test_a_single_block_of_subproblems_leaves_no_group_behind(data_parallel_size: int, tmp_path: Path) -> None:
+    size = data_parallel_size
+    run_ranks(_train_on_one_block, [tmp_path, size], world_size=size, folder=tmp_path)
+
+
 def test_validation_of_a_trained_population(tmp_path: Path) -> None:
     module = mt2o()
     trainer().fit(module, fixed())
@@ -342,6 +537,22 @@ def test_a_bad_data_parallel_size_is_refused(size: Any) -> None:
         PopulationParallelStrategy(data_parallel_size=size)
 
 
+class _End(Callback):
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 3 and trainer.global_rank == 1:
+            os._exit(3)
+
+
+def _train_until_one_ends() -> None:
+    ranked(callbacks=[_End()]).fit(mt2o(), fixed())
+
+
+def test_after_the_end_of_a_process_the_others_say_so(tmp_path: Path) -> None:
+    with Ranks(_train_until_one_ends, folder=tmp_path) as ranks:
+        assert ranks.join() == [1, 3], ranks.report()
+        assert "Found one that has ended or does not answer" in ranks.log(0), ranks.report()
+
+
 # ------------------------------------------------------------------------------------------------------- precision
 
 
@@ -355,7 +566,8 @@ class _Overflow(Callback):
             scaler._scale.fill_(2.0**127)  # on the process of that subproblem alone
 
 
-def test_all_skip_a_step_that_overflows_in_one_process(tmp_path: Path) -> None:
+@pytest.mark.parametrize("fused", [False, True])
+def test_all_skip_a_step_that_overflows_in_one_process(fused: bool, tmp_path: Path) -> None:
     """Under a gradient scaler, as under float16 on a GPU."""
 
     def half(**arguments: Any) -> dict[str, Any]:
@@ -363,10 +575,41 @@ def test_all_skip_a_step_that_overflows_in_one_process(tmp_path: Path) -> None:
         return {"plugins": [MixedPrecision("16-mixed", "cpu", scaler)], "max_epochs": 2} | arguments
 
     (tmp_path / "alone").mkdir()
-    alone, module = mt2o(optimizer=ADAM), mt2o(optimizer=ADAM)
+    optimizer = partial(torch.optim.Adam, lr=1e-2, fused=fused)
+    alone, module = mt2o(optimizer=optimizer), mt2o(optimizer=optimizer)
     trainer(**half(callbacks=[_Overflow(), Write(tmp_path / "alone")])).fit(alone, fixed(), fixed())
     spread(**half(callbacks=[_Overflow(), Write(tmp_path)])).fit(module, fixed(), fixed())
     assert rows(alone).isfinite().all()
     torch.testing.assert_close(rows(module), rows(alone), rtol=1e-3, atol=1e-4)
     first, second = (torch.load(tmp_path / f"rank-{rank}.pt") for rank in range(2))
     torch.testing.assert_close(first, second, rtol=0.0, atol=0.0)
+    assert first["skipped"] == torch.load(tmp_path / "alone" / "rank-0.pt")["skipped"] > 0
+
+
+def _fit_twice_in_half_precision(folder: Path) -> None:
+    states = []
+    for make in (ranked, trainer):
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=4)
+        plugin = MixedPrecision("16-mixed", "cpu", scaler)
+        run = make(max_epochs=1, plugins=[plugin])
+        for epochs in (1, 2):
+            run.fit_loop.max_epochs = epochs
+            run.fit(mt2o(optimizer=ADAM), fixed())
+        states.append(plugin.scaler.state_dict())  # type: ignore[union-attr]
+    assert states[0] == states[1]
+    assert states[0]["scale"] == 2.0**12
+
+
+def test_the_scaler_goes_on_in_the_next_fit(tmp_path: Path) -> None:
+    run_ranks(_fit_twice_in_half_precision, [tmp_path], folder=tmp_path)
+
+
+def _keep_a_scaler_that_is_off() -> None:
+    plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", enabled=False))
+    ranked(max_epochs=1, plugins=[plugin]).fit(mt2o(optimizer=ADAM), fixed())
+    assert plugin.scaler is not None
+    assert not plugin.scaler.is_enabled()
+
+
+def test_a_scaler_that_is_off_stays_off(tmp_path: Path) -> None:
+    run_ranks(_keep_a_scaler_that_is_off, folder=tmp_path)
