@@ -115,6 +115,8 @@ def read_checkpoint(path: str | Path | IO[bytes], map_location: Any = _ON_HOST, 
                 f"run code. Found {', '.join(forbidden)}; nothing was run. If you trust the file, allow these with "
                 "`torch.serialization.add_safe_globals`."
             ) from error
+        if _is_whole(path, weights_only):  # it is its place that fails, such as a device that this machine lacks
+            raise
         # Of torch's reasons only the first sentence: the others advise to read the file as any pickle.
         reason = str(error).partition(". ")[0] if isinstance(error, RuntimeError) else type(error).__name__
         raise CheckpointError(
@@ -165,6 +167,17 @@ def _load(path: str | Path | IO[bytes], map_location: Any, weights_only: bool) -
         raise FileNotFoundError(f"There should be a checkpoint at {str(path)!r}. Found none.")
     with files.open(str(path), "rb") as file:
         return torch.load(file, map_location=map_location, weights_only=weights_only)
+
+
+def _is_whole(path: str | Path | IO[bytes], weights_only: bool) -> bool:
+    """Return whether a checkpoint can be read without a place for its tensors."""
+    if not isinstance(path, str | Path):
+        path.seek(0)
+    try:
+        _load(path, "meta", weights_only)
+    except Exception:
+        return False
+    return True
 
 
 def _forbidden(path: str | Path | IO[bytes], error: Exception) -> list[str]:

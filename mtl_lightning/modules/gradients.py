@@ -9,7 +9,16 @@ from torch import Tensor, nn
 
 
 def average_gradients(parameters: Iterable[nn.Parameter], reduce: Callable[[Tensor], Tensor]) -> None:
-    """Average the gradients over the ranks, in place and in one piece per dtype; every rank has to take part.
+    """Average the gradients over the ranks, in place; every rank has to take part. See :func:`mean_gradients`."""
+    parameters = list(parameters)
+    for parameter, mean in zip(parameters, mean_gradients(parameters, reduce), strict=True):
+        if mean is not None:
+            parameter.grad = (torch.empty_like(parameter) if parameter.grad is None else parameter.grad).copy_(mean)
+
+
+@torch.no_grad()
+def mean_gradients(parameters: Iterable[nn.Parameter], reduce: Callable[[Tensor], Tensor]) -> list[Tensor | None]:
+    """Return the means of the gradients over the ranks, in one piece per dtype; every rank has to take part.
 
     Ranks may have reached different parameters, as by a layer that is dropped at random: a gradient that a rank lacks
     counts as zero there, and one that all lack stays ``None``.
@@ -18,10 +27,13 @@ def average_gradients(parameters: Iterable[nn.Parameter], reduce: Callable[[Tens
         parameters: The same ones, in the same order, on all ranks.
         reduce: From a tensor to its mean over the ranks.
     """
-    by_dtype: dict[torch.dtype, list[nn.Parameter]] = {}  # in the same order on all ranks, which a set is not
-    for parameter in parameters:
-        by_dtype.setdefault(parameter.dtype, []).append(parameter)
-    for some in by_dtype.values():
+    parameters = list(parameters)
+    found: list[Tensor | None] = [None] * len(parameters)
+    by_dtype: dict[torch.dtype, list[int]] = {}  # in the same order on all ranks, which a set is not
+    for index, parameter in enumerate(parameters):
+        by_dtype.setdefault(parameter.dtype, []).append(index)
+    for indices in by_dtype.values():
+        some = [parameters[index] for index in indices]
         reached = torch.ones(len(some), dtype=some[0].dtype, device=some[0].device)
         lacking = [place for place, parameter in enumerate(some) if parameter.grad is None]
         for place in lacking:
@@ -29,9 +41,10 @@ def average_gradients(parameters: Iterable[nn.Parameter], reduce: Callable[[Tens
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in some]
         reached, *means = _mean([reached, *gradients], reduce)
         elsewhere = reached.tolist() if lacking else []  # waits for the device, but only where something is lacking
-        for place, (parameter, gradient, mean) in enumerate(zip(some, gradients, means, strict=True)):
-            if parameter.grad is not None or elsewhere[place]:
-                parameter.grad = gradient.copy_(mean)
+        for place, index in enumerate(indices):
+            if some[place].grad is not None or elsewhere[place]:
+                found[index] = means[place]
+    return found
 
 
 @torch.no_grad()

@@ -21,11 +21,11 @@ class DeferredSignals:
     meeting of all ranks. Here a signal is remembered only; :meth:`deliver`, called by all ranks between two batches,
     hands it to Lightning's handler on all of them, as soon as one has received it.
 
-    Handlers of the user's own are left alone.
+    Handlers of the user's own are left alone, and with them, on all ranks, the signals that some rank has one for.
 
     Example:
         >>> deferred = DeferredSignals()
-        >>> deferred.hold()
+        >>> deferred.hold(torch.device("cpu"), world_size=1)
         >>> deferred.deliver(torch.device("cpu"), world_size=1)
         >>> deferred.release(torch.device("cpu"), world_size=1)
     """
@@ -38,16 +38,26 @@ class DeferredSignals:
         # Handlers lead to the trainer, which is no part of a copy of the module.
         return DeferredSignals, ()
 
-    def hold(self) -> None:
-        """Begin to hold back signals."""
+    def hold(self, device: torch.device, world_size: int) -> None:
+        """Begin to hold back signals. All ranks have to call it."""
         self._handlers, self._received = {}, set()
-        if threading.current_thread() is not threading.main_thread():
-            return  # only there can handlers be set, so that Lightning has none either
-        for number in sorted(signal.valid_signals()):
-            handler = signal.getsignal(number)
-            if callable(handler) and type(handler).__module__.startswith(_OWNER):
-                self._handlers[number] = handler
-                signal.signal(number, self._receive)
+        found: dict[int, Callable[[int, FrameType | None], Any]] = {}
+        # Only in the main thread can handlers be set, so that Lightning has none elsewhere.
+        if threading.current_thread() is threading.main_thread():
+            handlers = {number: signal.getsignal(number) for number in sorted(signal.valid_signals())}
+            found = {
+                number: handler
+                for number, handler in handlers.items()
+                if callable(handler) and type(handler).__module__.startswith(_OWNER)
+            }
+        numbers = list(found)
+        if world_size > 1:
+            flags = torch.tensor([number in found for number in range(signal.NSIG)], device=device).int()
+            torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MIN)
+            numbers = [number for number, flag in enumerate(flags.tolist()) if flag]
+        for number in numbers:
+            self._handlers[number] = found[number]
+            signal.signal(number, self._receive)
 
     def deliver(self, device: torch.device, world_size: int) -> None:
         """Hand over what any rank has received. All ranks have to call it between the same two batches."""

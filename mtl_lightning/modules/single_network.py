@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -19,8 +19,8 @@ from torch.utils import _pytree as pytree
 from mtl_lightning.modules.base import LRSchedulerCallable, LRSchedulerInterval, MultiTaskModule, OptimizerCallable
 from mtl_lightning.modules.evaluation import PopulationEvaluation
 from mtl_lightning.modules.gradients import average_gradients, average_tensors
+from mtl_lightning.modules.habits import check_callbacks
 from mtl_lightning.modules.scaling import ScaledSteps, gradient_scale
-from mtl_lightning.modules.waiting import meeting
 from mtl_lightning.sharding import clip_gradient_norm, is_sharded, misplaced_units, reshard, shard_network
 from mtl_lightning.task import Task
 
@@ -101,6 +101,12 @@ class SingleNetworkModule(MultiTaskModule):
         return self.checked_losses(self(inputs), present) if present else {}
 
     # ------------------------------------------------------------------------------------------------------- training
+
+    def configure_callbacks(self) -> list[Any]:
+        """Refuse what does not reach manual optimisation, before anything is set up; add no callback."""
+        if self.trainer.state.fn == "fit":
+            check_callbacks(self)
+        return super().configure_callbacks()
 
     def configure_model(self) -> None:
         """Shard the network under Lightning's ``ModelParallelStrategy``, unless an override has done so.
@@ -184,17 +190,6 @@ class SingleNetworkModule(MultiTaskModule):
         counts = self.count_labels(targets).tolist() if self._counts_on_host is None else self._counts_on_host
         self._counts_on_host = None
         return counts
-
-    def reduced(self, tensor: Tensor, operation: Literal["mean", "sum"]) -> Tensor:
-        """Return the mean or the sum of ``tensor`` over the ranks, equal on all of them; it may be changed."""
-        if self.trainer.world_size == 1:
-            return tensor
-        # Lightning's reduction lets the ranks wait for each other first: one more exchange, for which the host waits.
-        if operation == "mean":
-            tensor = tensor / self.trainer.world_size  # before the sum, which could overflow in half precision
-        with meeting(self.trainer.strategy):
-            torch.distributed.all_reduce(tensor)
-        return tensor
 
     def total_labels(self, counts: Sequence[float]) -> list[float]:
         """Return the number of labels of each task over all ranks."""
@@ -286,8 +281,12 @@ class SingleNetworkModule(MultiTaskModule):
     def on_validation_epoch_start(self) -> None:
         """Forget the last validation; see that no rank's own statistics are validated."""
         if self.trainer.world_size > 1:
+            # In double precision, so that three times a third of a buffer that is the same on all ranks is that buffer.
             buffers = [buffer for buffer in self.network.buffers() if buffer.is_floating_point()]
-            average_tensors(buffers, partial(self.reduced, operation="mean"))
+            means = [buffer.double() for buffer in buffers]
+            average_tensors(means, partial(self.reduced, operation="mean"))
+            for buffer, mean in zip(buffers, means, strict=True):
+                buffer.copy_(mean)
         self._evaluation.reset(1, self.device)
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -371,6 +370,18 @@ class SingleNetworkModule(MultiTaskModule):
         """Add what decides how the run goes on, of a network that is sharded."""
         if self.shards_network:
             checkpoint["extra_states"] = self._extra_states()
+
+    @property
+    def ranks_meet_in_checkpoint(self) -> bool:
+        """Whether there are several ranks, all of which write the checkpoint that is being written."""
+        # Inside a batch, as after an exception, the others may be elsewhere; shards are written by all in any case.
+        return self.trainer.world_size > 1 and (self.shards_network or not self._in_batch)
+
+    def saved_extra_state(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
+        """Return what a checkpoint holds of :meth:`get_extra_state`, after :meth:`on_save_checkpoint` of this class."""
+        states = checkpoint["extra_states"] if self.shards_network else checkpoint["state_dict"]
+        found: dict[str, Any] = states[_EXTRA]
+        return found
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take it up.

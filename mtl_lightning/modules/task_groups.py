@@ -28,6 +28,7 @@ from mtl_lightning.modules.base import (
     check_count,
 )
 from mtl_lightning.modules.gradients import average_tensors
+from mtl_lightning.modules.habits import tell_once
 from mtl_lightning.modules.health import TaskHealth
 from mtl_lightning.modules.scaling import gradient_scale
 from mtl_lightning.modules.single_network import SingleNetworkModule, zero_of
@@ -46,6 +47,10 @@ class _Part:
     seed: int
     seen: set[str] = field(default_factory=set)
     shares: list[float] = field(default_factory=list)  # this batch's part in the mean over all labels, by task
+
+    def kept(self) -> dict[str, Any]:
+        """Return what a checkpoint has to hold of it."""
+        return {"inputs": self.inputs, "targets": self.targets, "counts": self.counts, "seed": self.seed}
 
 
 class TaskGroupModule(SingleNetworkModule):
@@ -125,7 +130,7 @@ class TaskGroupModule(SingleNetworkModule):
         with a gradient that is not goes unnoticed. Batch normalisation takes up the statistics of a batch once, on each
         rank its own. Random numbers that are not torch's are not paired. A task whose loss is not finite gets a
         gradient of zero, so that momentum and weight decay still move its head. Batches that are kept for
-        ``accumulate_batches`` are in checkpoints, of rank zero only. Learnable weights of a loss that is a module are
+        ``accumulate_batches`` are in checkpoints, those of all ranks. Learnable weights of a loss that is a module are
         trained with the groups of its task. Optimisers that evaluate the loss themselves (LBFGS) are refused.
 
     References:
@@ -227,6 +232,7 @@ class TaskGroupModule(SingleNetworkModule):
                 f"Found {type(network).__name__}."
             )
         self._parts: list[_Part] = []
+        self._kept_parts: list[dict[str, Any]] = []  # those of a checkpoint, of all ranks, until training starts
         self._had_gradient: set[int] = set()
         self._order: list[list[int]] = list(self.updates.partition)
 
@@ -483,6 +489,10 @@ class TaskGroupModule(SingleNetworkModule):
         if self._split.network is not self.network:
             self._split = SplitNetwork(self.network, self.task_names)
         self._split.warn_of_compilation()
+        tell_once(
+            "`global_step`, and with it `max_steps` and `every_n_train_steps`, counts updates of all groups, not the "
+            "step of each."
+        )
 
     def on_train_epoch_end(self) -> None:
         """Report sick tasks; step the schedulers that monitor a metric."""
@@ -517,27 +527,39 @@ class TaskGroupModule(SingleNetworkModule):
         return configured
 
     def on_train_start(self) -> None:
-        """Bring batches that a checkpoint holds to the device."""
-        for part in self._parts:
-            part.inputs, part.targets = move_data_to_device((part.inputs, part.targets), self.device)
+        """Take this rank's share of the batches that a checkpoint holds."""
+        if self._kept_parts:
+            rank, size = self.global_rank, self.trainer.world_size
+            # All ranks go through as many passes. What is there twice then has no labels.
+            surplus = [part | {"counts": [0.0] * len(self.tasks)} for part in self._kept_parts[:1]]
+            own = (self._kept_parts + surplus * (-len(self._kept_parts) % size))[rank::size]
+            self._parts = [_Part(**move_data_to_device(part, self.device)) for part in own]
+            self._kept_parts = []
         super().on_train_start()
 
     def get_extra_state(self) -> dict[str, Any]:
         """Return everything that decides how the run goes on and is not a parameter or a buffer."""
-        kept = [
-            {"inputs": part.inputs, "targets": part.targets, "counts": part.counts, "seed": part.seed}
-            for part in self._parts
-        ]
         return super().get_extra_state() | {
-            "parts": kept,
+            "parts": self._kept_parts or [part.kept() for part in self._parts],
             "order": self._order,
             "had_gradient": sorted(self._had_gradient),
         }
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Let the checkpoint hold the batches that all ranks have kept for the next step, those of a time together."""
+        super().on_save_checkpoint(checkpoint)
+        if not self._parts or not self.ranks_meet_in_checkpoint:
+            return
+        own = move_data_to_device([part.kept() for part in self._parts], torch.device("cpu"))
+        found: list[Any] = [None] * self.trainer.world_size
+        torch.distributed.gather_object(own, found if self.trainer.is_global_zero else None)
+        if self.trainer.is_global_zero:  # which writes it
+            self.saved_extra_state(checkpoint)["parts"] = [part for parts in zip(*found, strict=True) for part in parts]
+
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Take up the state of a checkpoint."""
         super().set_extra_state(state)
-        self._parts = [_Part(**part) for part in state["parts"]]
+        self._kept_parts, self._parts = state["parts"], []
         self._order = state["order"]
         self._had_gradient = set(state["had_gradient"])
 

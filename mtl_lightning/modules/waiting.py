@@ -36,10 +36,11 @@ def meeting(strategy: Strategy) -> Iterator[None]:
         text = str(error).lower()
         if isinstance(error, LostRankError) or not any(sign in text for sign in _SIGNS):
             raise
-        limit = getattr(strategy, "_timeout", None) if isinstance(strategy, DDPStrategy) else None
+        limit = getattr(strategy, "_timeout", None)
         waited = "" if limit is None else f", whose limit here is {limit.total_seconds():g} seconds"
+        kind = DDPStrategy.__name__ if limit is None else type(strategy).__name__
         raise LostRankError(
-            "All ranks should meet in this exchange within the limit of `DDPStrategy(timeout=timedelta(...))`. Found "
+            f"All ranks should meet in this exchange within the limit of `{kind}(timeout=timedelta(...))`. Found "
             f"one that has ended or does not answer{waited}. Its own log says why, if it has ended; if it is only "
             f"slow, raise the limit. The run goes on from the last checkpoint. Reported was: {error}"
         ) from error

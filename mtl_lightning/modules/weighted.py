@@ -20,7 +20,7 @@ from mtl_lightning.modules.base import (
     OptimizerCallable,
     check_count,
 )
-from mtl_lightning.modules.gradients import average_tensors
+from mtl_lightning.modules.gradients import mean_gradients
 from mtl_lightning.modules.health import TaskHealth
 from mtl_lightning.modules.scaling import gradient_scale
 from mtl_lightning.modules.single_network import SingleNetworkModule, zero_of
@@ -74,9 +74,8 @@ class WeightedModule(SingleNetworkModule):
 
         Limits: strategies other than one device, DDP and ``ModelParallelStrategy`` are refused, the last one also for
         weightings that read gradients. Each batch waits once for the device, to see which losses are finite. Averages
-        and weights are kept in float64, which Apple's MPS does not have. With accumulated batches, the gradients in a
-        checkpoint are those of rank zero only, unless they are sharded, and a weighting that looks at a batch before
-        and after the step, or at gradients, sees the last one.
+        and weights are kept in float64, which Apple's MPS does not have. With accumulated batches, a weighting that
+        looks at a batch before and after the step, or at gradients, sees the last one.
 
     Example:
         >>> from functools import partial
@@ -365,21 +364,24 @@ class WeightedModule(SingleNetworkModule):
 
     def get_extra_state(self) -> dict[str, Any]:
         """Return everything that decides how the run goes on and is not a parameter or a buffer."""
+        accumulated = ((index, p.grad) for index, p in enumerate(self.parameters()) if p.grad is not None)
         return super().get_extra_state() | {
-            "gradients": self._accumulated_gradients() if self._accumulated else {},
+            "gradients": dict(accumulated) if self._accumulated else {},
             "losses_of_step": self._losses_of_step.state_dict(),
         }
 
-    def _accumulated_gradients(self) -> dict[int, Tensor]:
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Let the checkpoint hold the accumulated gradient of all ranks, each of which has seen its own batches."""
         self.finish_passes()
-        found = {index: p.grad for index, p in enumerate(self.parameters()) if p.grad is not None}
-        if self.shards_network:
-            # All ranks write this checkpoint, so that the gradient can be that of all of them.
-            found = {index: gathered(grad) if is_sharded(grad) else grad.clone() for index, grad in found.items()}
-            parameters = list(self.parameters())
-            own = [grad for index, grad in found.items() if not is_sharded(parameters[index])]
-            average_tensors(own, partial(self.reduced, operation="mean"))
-        return found
+        super().on_save_checkpoint(checkpoint)
+        if not self._accumulated or not self.ranks_meet_in_checkpoint:
+            return
+        parameters = dict(enumerate(self.parameters()))
+        gradients = {i: gathered(p.grad) for i, p in parameters.items() if is_sharded(p) and p.grad is not None}
+        whole = {index: parameter for index, parameter in parameters.items() if not is_sharded(parameter)}
+        means = mean_gradients(whole.values(), partial(self.reduced, operation="mean"))
+        gradients |= {index: mean for index, mean in zip(whole, means, strict=True) if mean is not None}
+        self.saved_extra_state(checkpoint)["gradients"] = gradients
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Take up the state of a checkpoint."""

@@ -100,6 +100,15 @@ def test_other_files_are_refused(path: Path) -> None:
         AtomicCheckpointIO().load_checkpoint(path)
 
 
+def _refuse(storage: Any, location: str) -> Any:
+    raise RuntimeError("Attempting to deserialize object on a CUDA device but torch.cuda.is_available() is False.")
+
+
+def test_a_whole_file_that_has_no_place_is_not_called_truncated(path: Path) -> None:
+    with pytest.raises(RuntimeError, match="Attempting to deserialize"):
+        AtomicCheckpointIO().load_checkpoint(path, map_location=_refuse)
+
+
 def test_what_the_user_trusts_is_read(path: Path) -> None:
     content = CONTENT | {"limit": timedelta(seconds=3), "sorted": OrderedDict(a=1)}
     AtomicCheckpointIO().save_checkpoint(content, path)

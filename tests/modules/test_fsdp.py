@@ -247,8 +247,10 @@ def _gathered(tree: Any) -> Any:
     return (found.full_tensor() if hasattr(found, "full_tensor") else found).nan_to_num(-1.0)
 
 
-@pytest.mark.parametrize("is_distributed", [True, False])
-@pytest.mark.parametrize(("kind", "accumulate"), [(TaskGroupModule, 1), (WeightedModule, 1), (WeightedModule, 2)])
+@pytest.mark.parametrize(
+    ("kind", "accumulate", "is_distributed"),
+    [(TaskGroupModule, 1, True), (TaskGroupModule, 2, False), (WeightedModule, 1, False), (WeightedModule, 2, True)],
+)
 def test_resumed_equals_uninterrupted(kind: type[Any], accumulate: int, is_distributed: bool, tmp_path: Path) -> None:
     in_processes(_resume_sharded, kind, accumulate, is_distributed, tmp_path)
 

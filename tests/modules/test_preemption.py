@@ -15,6 +15,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import OnExceptionCheckpoint
 
 from mtl_lightning.modules.preemption import DeferredSignals
+from tests.distributed.ranks import run_ranks
 from tests.modules.common import Position, assert_equal_states, loader, mt2o, trainer
 
 CPU = torch.device("cpu")
@@ -46,7 +47,7 @@ def test_signals_wait_and_are_handed_over_once() -> None:
     signal.signal(signal.SIGUSR1, lightning)
     signal.signal(signal.SIGTERM, lightning)
     deferred = DeferredSignals()
-    deferred.hold()
+    deferred.hold(CPU, world_size=1)
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR1):
         os.kill(os.getpid(), number)
     assert lightning.seen == []
@@ -60,7 +61,7 @@ def test_what_is_left_is_handed_over_in_the_end() -> None:
     lightning = _Lightning()
     signal.signal(signal.SIGUSR1, lightning)
     deferred = DeferredSignals()
-    deferred.hold()
+    deferred.hold(CPU, world_size=1)
     os.kill(os.getpid(), signal.SIGUSR1)
     deferred.release(CPU, world_size=1)
     assert lightning.seen == [signal.SIGUSR1]
@@ -78,17 +79,41 @@ def test_handlers_of_the_user_are_left_alone() -> None:
 
     signal.signal(signal.SIGUSR2, handle)
     deferred = DeferredSignals()
-    deferred.hold()
+    deferred.hold(CPU, world_size=1)
     os.kill(os.getpid(), signal.SIGUSR2)
     assert seen == [signal.SIGUSR2]
     deferred.release(CPU, world_size=1)
+
+
+def _hold_on_ranks() -> None:
+    rank = int(os.environ["LOCAL_RANK"])
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    lightning = _Lightning()
+    own: list[int] = []
+    signal.signal(signal.SIGTERM, lightning)
+    signal.signal(signal.SIGUSR2, lightning)
+    signal.signal(signal.SIGUSR1, lightning if rank else lambda number, frame: own.append(number))
+    deferred = DeferredSignals()
+    deferred.hold(CPU, world_size=2)
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGUSR2)
+    deferred.deliver(CPU, world_size=2)
+    assert lightning.seen == [signal.SIGUSR2]  # on both
+    os.kill(os.getpid(), signal.SIGUSR1)  # which rank 0 would not act on with the others
+    assert (own, lightning.seen[1:]) == (([], [signal.SIGUSR1]) if rank else ([signal.SIGUSR1], []))
+    deferred.release(CPU, world_size=2)
+    torch.distributed.destroy_process_group()
+
+
+def test_ranks_of_which_one_has_a_handler_of_its_own_agree(tmp_path: Path) -> None:
+    run_ranks(_hold_on_ranks, folder=tmp_path, limit=30)
 
 
 def test_outside_the_main_thread_nothing_is_held_back() -> None:
     lightning = _Lightning()
     signal.signal(signal.SIGUSR1, lightning)
     deferred = DeferredSignals()
-    thread = threading.Thread(target=deferred.hold)
+    thread = threading.Thread(target=deferred.hold, args=(CPU, 1))
     thread.start()
     thread.join()
     assert signal.getsignal(signal.SIGUSR1) is lightning

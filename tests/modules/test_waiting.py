@@ -3,7 +3,7 @@ from __future__ import annotations
 from datetime import timedelta
 
 import pytest
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 
 from mtl_lightning.modules.waiting import LostRankError, meeting
 
@@ -24,6 +24,13 @@ def test_a_lost_rank_is_explained_with_what_was_reported(reported: str) -> None:
     assert "whose limit here is 120 seconds" in str(error.value)
     assert str(error.value).count("Reported was") == 1
     assert str(error.value).endswith(reported)
+
+
+def test_the_strategy_with_the_limit_is_named() -> None:
+    strategy = ModelParallelStrategy(timeout=timedelta(minutes=3))
+    expected = r"within the limit of `ModelParallelStrategy\(timeout=.*whose limit here is 180 seconds"
+    with pytest.raises(LostRankError, match=expected), meeting(strategy):
+        raise RuntimeError("Connection closed by peer")
 
 
 def test_other_errors_are_left_as_they_are() -> None:

@@ -34,6 +34,7 @@ from mtl_lightning.weighting import (
     ScaleInvariant,
     Uncertainty,
 )
+from tests.distributed.ranks import ranked_trainer, run_ranks
 from tests.modules.common import Interleaved, Position, SaveAfterEachBatch, assert_equal_states, trainer
 from tests.modules.processes import Synchronised
 
@@ -636,6 +637,21 @@ def test_two_ranks_equal_one_process_on_uneven_batches(name: str, tmp_path: Path
     for size in (3, 1):  # one more sample on one rank, and none on the other
         data.append((data[0][0][:size], {task: target[:size] for task, target in data[0][1].items()}))
     _assert_ranks_equal_one(lambda: weighted(weighting=FAMILY[name]()), data, tmp_path)
+
+
+def _validate_constants() -> None:
+    run = ranked_trainer(world_size=3, use_distributed_sampler=False)
+    module = weighted()
+    for name, dtype in (("single", torch.float32), ("coarse", torch.bfloat16)):
+        module.network.register_buffer(name, torch.linspace(-3, 3, 1001).to(dtype))
+    before = {name: buffer.clone() for name, buffer in module.network.named_buffers()}
+    run.validate(module, Interleaved(batches()), verbose=False)
+    for name, buffer in module.network.named_buffers():
+        assert torch.equal(buffer, before[name]), name
+
+
+def test_buffers_that_are_equal_on_three_ranks_are_left_as_they_are(tmp_path: Path) -> None:
+    run_ranks(_validate_constants, world_size=3, folder=tmp_path, limit=60)
 
 
 @pytest.mark.parametrize("name", ["Uncertainty", "FAMO", "GradNorm"])
