@@ -229,6 +229,15 @@ def row(name: str, parallel: str, one: Tensor, found: list[Tensor]) -> dict[str,
     }
 
 
+def table(runs: list[dict[str, Any]]) -> str:
+    """Return a row for each module and kind of parallelism."""
+    lines = ["| module | parallel | processes | between processes | from one process |", "|---|---|---|---|---|"]
+    for run in runs:
+        differences = f"{run['between_processes']:.1e} | {run['from_one_process']:.1e}"
+        lines.append(f"| {run['module']} | {run['parallel']} | {run['processes']} | {differences} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Train everything, print the table and write the numbers."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -247,10 +256,7 @@ def main() -> None:
         arguments.output,
         {"command": "python benchmarks/equality.py", "machine": machine(), "steps": STEPS, "runs": runs},
     )
-    print("| module | parallel | processes | between processes | from one process |\n|---|---|---|---|---|")
-    for run in runs:
-        differences = f"{run['between_processes']:.1e} | {run['from_one_process']:.1e}"
-        print(f"| {run['module']} | {run['parallel']} | {run['processes']} | {differences} |")
+    print(table(runs))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,10 @@ from mtl_lightning.datamodules.sarcos import SarcosDataModule
 from mtl_lightning.datamodules.scene_tasks import scene_tasks
 from mtl_lightning.datamodules.scenes import ScenesDataModule
 from mtl_lightning.datamodules.taskonomy import TaskonomyDataModule, taskonomy_tasks
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it sees its own folder only
+
+from docs.rest import as_markdown
 
 PATH = Path(__file__).parent / "datasets.md"
 SETS: tuple[tuple[str, Any, Any], ...] = (
@@ -49,8 +54,11 @@ missing label is NaN, and -1 among classes; losses and metrics of classes have `
 gives tasks with their losses and metrics, ready for a module:
 
 ```python
-data = NYUv2DataModule(root="data/nyuv2", augment=True, batch_size=8)
-tasks = nyuv2_tasks(["segmentation", "depth", "normal"])
+from mtl_lightning.datamodules import ScenesDataModule, scene_tasks
+
+names = ["semseg", "depth_zbuffer", "normal"]
+data = ScenesDataModule(tasks=names, size=32, num_train=16, num_val=8, num_test=8, augment=True, cache_dir=None)
+tasks = scene_tasks(names)
 data.prepare_data()
 data.setup("fit")
 print(data.summary())  # sizes, shapes, ranges, missing values, class shares
@@ -76,31 +84,11 @@ def section(title: str, module: Any, tasks: Any) -> str:
     text = inspect.getdoc(module) or ""
     body = re.split(r"\n(?:Args|Raises|Example|Attributes):\n", text)[0].rstrip()
     references = re.search(r"\nReferences:\n(.*)\Z", text, re.DOTALL)
-    blocks = [_block(block) for block in body.split("\n\n")]
     lines = [f"## {title}", "", f"`{module.__name__}`" + (f", tasks by `{tasks.__name__}`" if tasks else ""), ""]
-    lines += ["\n\n".join(blocks)]
+    lines += [as_markdown(body)]
     if references:
         lines += ["", "References:", "", inspect.cleandoc("\n" + references.group(1)).rstrip()]
     return "\n".join(lines)
-
-
-def _block(block: str) -> str:
-    """Return a paragraph of reStructuredText as Markdown: tables and trees as they are, indented."""
-    lines = block.splitlines()
-    if all(line.startswith("    ") for line in lines):
-        return block
-    if lines[0].startswith("==="):
-        return "\n".join(_table(lines))
-    return re.sub(r"::$", ":", block).replace("``", "`")
-
-
-def _table(lines: list[str]) -> list[str]:
-    """Return a simple table of reStructuredText as Markdown."""
-    starts = [match.start() for match in re.finditer(r"=+", lines[0])]
-    cuts = [slice(start, end) for start, end in zip(starts, [*starts[1:], None], strict=True)]
-    rows = [[line[cut].strip().replace("``", "`") for cut in cuts] for line in lines if not line.startswith("===")]
-    body = [f"| {' | '.join(row)} |" for row in rows]
-    return [body[0], "|---" * len(cuts) + "|", *body[1:]]
 
 
 def throughput() -> str:
