@@ -92,7 +92,7 @@ class GradientAggregator(ExactState):
             if jacobian.ndim != 2:
                 raise ValueError(f"`jacobian` should have shape (T, N). Found shape {tuple(jacobian.shape)}.")
             return self.combine(jacobian, self._columns(len(jacobian), tasks))
-        return self.weights(gramian(jacobian), tasks).to(jacobian) @ jacobian
+        return weighted_sum(self.weights(gramian(jacobian), tasks), jacobian)
 
     def weights(self, gramian: Tensor, tasks: Sequence[int] | None = None) -> Tensor:
         """Return the weights of the tasks, shape ``(T,)``, float64, on the device of ``gramian``.
@@ -111,12 +111,12 @@ class GradientAggregator(ExactState):
                 f"`weights` should be asked of an aggregator that is one of the Gramian. Found {type(self).__name__}, "
                 "which needs the gradients themselves; call it with the Jacobian."
             )
-        check_gramian(gramian)
-        if gramian.ndim != 2:
-            raise ValueError(f"`gramian` should have shape (T, T). Found shape {tuple(gramian.shape)}.")
-        columns = self._columns(len(gramian), tasks)
         # Problems of this size are solved faster on the host than a device could be told to.
-        return self.solve(gramian.detach().cpu().double(), columns).to(gramian.device)
+        products = gramian.detach().cpu().double()
+        check_gramian(products)
+        if products.ndim != 2:
+            raise ValueError(f"`gramian` should have shape (T, T). Found shape {tuple(products.shape)}.")
+        return self.solve(products, self._columns(len(products), tasks)).to(gramian.device)
 
     def solve(self, gramian: Tensor, columns: list[int]) -> Tensor:
         """Return the weights of some tasks, float64; ``gramian`` is theirs, float64, on the host."""
@@ -156,6 +156,20 @@ def gramian(jacobian: Tensor) -> Tensor:
         rows = part.double()  # products of float32 would lose the angles of gradients of very different lengths
         total += rows @ rows.T
     return total
+
+
+def weighted_sum(weights: Tensor, jacobian: Tensor) -> Tensor:
+    """Return the sum of the rows of a Jacobian, shape ``(T, N)``, each times its weight, shape ``(N,)``.
+
+    It is summed in float64 and returned in dtype and on the device of ``jacobian``: where gradients nearly cancel out,
+    weights may be so large that products of float32 would leave little else than rounding.
+
+    Example:
+        >>> weighted_sum(torch.tensor([1e6, -1e6], dtype=torch.float64), torch.tensor([[1.25], [1.0]]))
+        tensor([250000.])
+    """
+    weights = weights.to(jacobian.device, torch.float64)
+    return torch.cat([(weights @ part.double()).to(jacobian) for part in torch.split(jacobian, CHUNK, dim=1)])
 
 
 class _Preferred(GradientAggregator):
@@ -323,7 +337,8 @@ class IMTLG(GradientAggregator):
 
     Note:
         Where the weights of all solutions sum to zero there is none, and all weights are zero: no step. Near such a
-        point the weights are large; clip the gradient.
+        point the weights are large; clip the gradient. Beyond it, as where a short gradient lies between long ones, the
+        projections are all negative, and a step makes every task worse: so the formula of the paper has it.
 
     Example:
         >>> aggregator = IMTLG()

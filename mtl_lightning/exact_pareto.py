@@ -55,7 +55,8 @@ class EPO(GradientWeighting):
     Note:
         Losses should not be negative. Departures from the published code: where no weights keep ``mu`` from rising
         in the descent, those that raise it least are taken, where that code falls back on the preference itself; and
-        preferences have a floor. Scaling all losses by one factor changes nothing, nor does reordering the tasks.
+        preferences have a floor. For networks that code multiplies the weights by ``T``: its learning rates are to be
+        multiplied by that here. Scaling all losses by one factor changes nothing, nor does reordering the tasks.
 
         The programs are solved on the host: those of two tasks in closed form, others in one call for all rows, by the
         dual simplex method. Where a loss has its minimum at zero, a search that comes from afar may rest there: the

@@ -60,8 +60,12 @@ class NashMTL(GradientAggregator):
             return weights
         lengths = lengths[moving]
         correlations = gramian[moving][:, moving] / lengths[:, None] / lengths
-        weights[moving] = size.sqrt() / lengths * bargaining_weights(correlations)
-        norm = float((weights @ gramian @ weights).clamp_min(0).sqrt())
+        found = bargaining_weights(correlations)
+        weights[moving] = size.sqrt() / lengths * found
+        # By the equation that was solved, and as long as rounding may make it: where gradients cancel out, `w' G w` is
+        # rounding times the square of large weights.
+        rounding = 4 * len(found) * torch.finfo(torch.float64).eps
+        norm = float((size * (len(found) - (RIDGE - rounding) * found.square().sum())).clamp_min(0).sqrt())
         if self.max_norm is not None and norm > self.max_norm:
             weights *= self.max_norm / norm
         return weights

@@ -40,10 +40,10 @@ class ParetoMTL(GradientWeighting):
 
     Note:
         Which ``G_j`` count as violated does not depend on the length of ``f``; that of the losses' scales to each other
-        is in the preferences. The weights may be negative; their absolute values sum to one, as they do up to a factor
-        in the published code for networks, so that a step is no smaller where many sectors are narrow. Departures from
-        that code: a subproblem inside its sector descends from the first step on, and one that leaves it in the
-        initial steps looks for it again.
+        is in the preferences. The weights may be negative; their absolute values sum to one, so that a step is no
+        smaller where many sectors are narrow. In the published code for networks they sum to ``T`` in the descent: its
+        learning rates are to be multiplied by that here. Other departures from that code: a subproblem inside its
+        sector descends from the first step on, and one that leaves it in the initial steps looks for it again.
 
     Example:
         >>> import torch

@@ -18,6 +18,7 @@ from mtl_lightning.aggregation import (
     UPGrad,
     gramian,
     project_onto_dual_cone,
+    weighted_sum,
 )
 from mtl_lightning.cagrad import CAGrad
 from mtl_lightning.nash import NashMTL
@@ -162,6 +163,14 @@ def test_the_gramian_is_taken_in_double_precision_and_in_parts(monkeypatch: pyte
     assert torch.equal(gramian(rows), expected)
 
 
+def test_the_weighted_sum_is_taken_in_double_precision_and_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = gradients(3, size=7).float()
+    weights = torch.tensor([1e7, -1e7, 1.0], dtype=torch.float64)
+    expected = (weights @ rows.double()).float()
+    monkeypatch.setattr("mtl_lightning.aggregation.CHUNK", 2)
+    assert torch.equal(weighted_sum(weights, rows), expected)
+
+
 # ------------------------------------------------------------------------------------------------- one by one: theory
 
 
@@ -267,6 +276,17 @@ def test_imtlg_projects_onto_all_gradients_alike(num_tasks: int) -> None:
     projections = rows @ vector / rows.norm(dim=1)
     torch.testing.assert_close(projections, projections.mean().expand(num_tasks))
     assert float(aggregator.weights(rows @ rows.T).sum()) == pytest.approx(1.0)
+
+
+def test_imtlg_is_against_all_tasks_where_the_formula_is() -> None:
+    # The short gradient lies between the long ones, which the vector of equal projections has to make up for.
+    units = torch.tensor([[1.0, 0.0, 0.5], [-1.0, 0.0, 0.5], [0.0, 0.3, 1.0]], dtype=torch.float64)
+    units /= units.norm(dim=1, keepdim=True)
+    for length, sign in ((1.0, 1.0), (0.1, -1.0)):
+        rows = units * torch.tensor([[1.0], [1.0], [length]], dtype=torch.float64)
+        projections = units @ resolved(IMTLG(), 3)(rows)
+        torch.testing.assert_close(projections, projections[0].expand(3))
+        assert projections[0].sign() == sign
 
 
 def test_imtlg_does_not_step_where_there_is_no_solution() -> None:

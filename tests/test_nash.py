@@ -82,6 +82,16 @@ def test_gradients_that_cancel_out_hardly_move() -> None:
         assert float(_aggregator(3)(scaled).norm()) < 1e-3 * float(scaled.norm())
 
 
+@pytest.mark.parametrize("num_tasks", [2, 3, 5])
+@pytest.mark.parametrize("noise", [0.0, 1e-8, 1e-6])
+def test_in_single_precision_gradients_that_cancel_out_keep_to_the_bound(num_tasks: int, noise: float) -> None:
+    # Weights are in the millions there, and times the rounding of the gradients longer than any step should be.
+    rows = _gradients(num_tasks, 20000, seed=0)
+    rows[-1] = -rows[:-1].sum(dim=0) + noise * rows[-1]
+    found = _aggregator(num_tasks, max_norm=1.0)(rows.float())
+    assert float(found.norm()) <= 1.0 + 1e-3
+
+
 def test_a_gradient_of_zero_has_no_weight() -> None:
     rows = torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.0, 2.0]], dtype=torch.float64)
     weights = _aggregator(3).weights(rows @ rows.T)

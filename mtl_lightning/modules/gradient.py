@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from mtl_lightning.aggregation import GradientAggregator, gramian
+from mtl_lightning.aggregation import GradientAggregator, gramian, weighted_sum
 from mtl_lightning.modules.averaging import LossAverage
 from mtl_lightning.modules.base import (
     LRSchedulerCallable,
@@ -36,8 +36,8 @@ class GradientModule(SingleNetworkModule):
     Args:
         network: Maps inputs to a dict of predictions, task name to tensor. Shared are the parameters that belong to no
             single head, if it has an ``encoder`` and ``heads`` and does no more than to apply these to what that
-            returns; see :class:`~mtl_lightning.split_network.SplitNetwork`. Of any other network they are those that
-            the gradients of at least two tasks have reached so far in the run.
+            returns; see :class:`~mtl_lightning.split_network.SplitNetwork`. Of any other network, a compiled one among
+            them, they are those in which at least two tasks have had a gradient so far in the run.
         tasks: The ``T >= 2`` tasks.
         optimizer: From parameters to an optimiser, such as ``functools.partial(torch.optim.Adam, lr=1e-4)``.
         aggregator: From the gradients of the tasks to one, such as :class:`~mtl_lightning.aggregation.UPGrad`. It
@@ -77,10 +77,12 @@ class GradientModule(SingleNetworkModule):
 
         Limits: strategies other than one device and DDP are refused. Gradients of all tasks in all shared parameters
         are held at once, ``T`` times their size in float32, and twice that if batches are accumulated or reduced over
-        ranks. Each batch waits for the device twice. ``torch.utils.checkpoint`` needs ``use_reentrant=False``. The
-        Gramian and weights are float64, which Apple's MPS does not have. With accumulated batches, the gradients in a
-        checkpoint are those of rank zero only. Backward passes are those of ``torch.autograd.grad``, which
-        ``on_before_backward`` does not see.
+        ranks; sparse ones are made dense. A batch waits for the device for its losses, for whether its gradients are
+        finite, and for their Gramian. ``torch.utils.checkpoint`` needs ``use_reentrant=False``. The Gramian and the
+        weighted sum are taken in float64, which Apple's MPS does not have. With accumulated batches, the gradients in
+        a checkpoint are those of rank zero only. Backward passes are those of ``torch.autograd.grad``, which
+        ``on_before_backward`` does not see. With ``gradients="features"`` the encoder and the heads are called, not
+        the network: compile those.
 
     Example:
         >>> from functools import partial
@@ -122,16 +124,14 @@ class GradientModule(SingleNetworkModule):
             accumulate_batches=accumulate_batches,
         )
         if not isinstance(aggregator, GradientAggregator):
-            raise TypeError(f"`aggregator` should be an object of GradientAggregator. Found {aggregator!r}.")
+            raise TypeError(
+                "`aggregator` should be an object of GradientAggregator, as in `mtl_lightning.aggregation`; those of "
+                f"TorchJD go into `mtl_lightning.torchjd.TorchJD(...)`. Found {described(aggregator)}."
+            )
         if gradients not in ("parameters", "features"):
             raise ValueError(f"`gradients` should be 'parameters' or 'features'. Found {gradients!r}.")
         check_count("max_nonfinite", max_nonfinite)
-        self._split = SplitNetwork(network, self.task_names)
-        if gradients == "features" and not self._split.is_split:
-            raise ValueError(
-                "`gradients='features'` needs a network that applies its `heads` to what its `encoder` returns. "
-                f"Found {type(network).__name__}."
-            )
+        self._split = _split(network, self.task_names, gradients)
         if gradients == "features" and aggregator.needs_jacobian:
             raise ValueError(
                 "`gradients='features'` needs an aggregator of the Gramian, for no rank has the features of all. "
@@ -208,24 +208,21 @@ class GradientModule(SingleNetworkModule):
             weights = self._weights(products, tasks)
             values |= self._named("weight", weights, tasks)
             with torch.autocast(self.device.type, enabled=False):
-                gradient = weights.to(gradient) @ found.rows[tasks]
+                gradient = weighted_sum(weights, found.rows[tasks])
         pieces = torch.split(gradient, [end.numel() for end in ends])
         directions = [piece.view_as(end).to(end) for piece, end in zip(pieces, ends, strict=True)]
-        self._add(trained, torch.autograd.grad(ends, trained, directions, allow_unused=True))
+        self._add(trained, _dense(torch.autograd.grad(ends, trained, directions, allow_unused=True)))
         return values
 
     def _products_in_features(self, found: _Found) -> tuple[Tensor, list[int]]:
         """Return the products of the gradients of the tasks that reach the features of any rank, and these tasks."""
-        products = gramian(found.rows) / self._scale() ** 2
+        # The features of each rank are other variables: a loss over all labels has one share of each rank in its
+        # gradient, of which the mean is taken elsewhere.
+        products = gramian(found.rows) / (self._scale() * self.trainer.world_size) ** 2
         reached = found.reached.any(dim=1, keepdim=True).to(products)
-        if self.trainer.world_size > 1:
-            # The features of each rank are other variables: a loss over all labels has one share of each rank in its
-            # gradient, of which the mean is taken elsewhere.
-            both = torch.cat([products / self.trainer.world_size**2, reached], dim=1)
-            products, reached = torch.split(self.reduced(both, "sum"), [len(products), 1], dim=1)
-        known = reached.flatten().tolist()
-        tasks = [task for task in found.tasks if known[task]]
-        return products[tasks][:, tasks], tasks
+        both = self.reduced(torch.cat([products, reached], dim=1), "sum").cpu()  # waits for the device
+        tasks = [task for task in found.tasks if both[task, -1]]
+        return both[tasks][:, tasks], tasks
 
     # ------------------------------------------------------------------------------------------- gradients of a batch
 
@@ -264,7 +261,7 @@ class GradientModule(SingleNetworkModule):
         differentiable = [task for task, loss in weighted.items() if loss.requires_grad and inputs]
         for task in differentiable:
             loss, is_last = weighted.pop(task), task == differentiable[-1]
-            gradients = torch.autograd.grad(loss, inputs, retain_graph=not is_last, allow_unused=True)
+            gradients = _dense(torch.autograd.grad(loss, inputs, retain_graph=not is_last, allow_unused=True))
             of_rest[task] = gradients[len(shared) :]
             start = 0
             for index, (tensor, gradient) in enumerate(zip(shared, gradients, strict=False)):
@@ -338,12 +335,15 @@ class GradientModule(SingleNetworkModule):
         weights = self._aggregate() if of_parameters else {}
         self.average_over_ranks(self._rest() if of_parameters else self.trained_parameters())
         self.take_step()
-        self._losses_of_step.reset()
-        self._jacobian = self._reached = None
-        self._has_overflowed = False
+        self._forget_step()
         self._steps += 1
         self.step_schedulers("step")
         return weights
+
+    def _forget_step(self) -> None:
+        self._losses_of_step.reset()
+        self._jacobian = self._reached = None
+        self._has_overflowed = False
 
     @torch.no_grad()
     def _aggregate(self) -> dict[str, Tensor]:
@@ -352,11 +352,15 @@ class GradientModule(SingleNetworkModule):
         assert self._reached is not None
         shared, jacobian, reached = self._shared(), self._jacobian, self._reached
         if self.trainer.world_size > 1:
-            both = self.reduced(torch.cat([jacobian, reached.to(jacobian)], dim=1), "mean")
-            jacobian, counts = torch.split(both, [jacobian.shape[1], len(shared)], dim=1)
+            # Divided in place, since one more copy of a Jacobian may be too many.
+            both = torch.cat([jacobian, reached.to(jacobian)], dim=1).div_(self.trainer.world_size)
+            jacobian, counts = torch.split(self.reduced(both, "sum"), [jacobian.shape[1], len(shared)], dim=1)
             reached = counts.cpu() > 0
-        is_common = self._reached_by_several(reached)
         blocks = torch.split(jacobian, [parameter.numel() for parameter in shared], dim=1)
+        is_common = [True] * len(shared)
+        if not self._split.is_split:
+            reached = self._without_zeros(reached, blocks)
+            is_common = self._reached_by_several()
         common = [block for block, several in zip(blocks, is_common, strict=True) if several]
         values: dict[str, Tensor] = {}
         pieces: list[Tensor] = []
@@ -383,8 +387,8 @@ class GradientModule(SingleNetworkModule):
                 gradient = self.aggregator(rows / scale, tasks) * scale
                 self._check_finite(gradient)
                 return gradient, {}
-            weights = self._weights(gramian(rows) / scale**2, tasks)
-            return weights.to(rows) @ rows, self._named("weight", weights, tasks)
+            weights = self._weights(gramian(rows).cpu() / scale**2, tasks)  # waits for the device
+            return weighted_sum(weights, rows), self._named("weight", weights, tasks)
 
     def _weights(self, products: Tensor, tasks: Sequence[int]) -> Tensor:
         weights = self.aggregator.weights(products, tasks)
@@ -398,17 +402,31 @@ class GradientModule(SingleNetworkModule):
                 "are not. Look for a task whose gradient is zero, or choose another aggregator."
             )
 
-    def _reached_by_several(self, reached: Tensor) -> list[bool]:
-        """Return which of the parameters in training are aggregated, given which were reached in this step."""
-        if self._split.is_split:
-            return [True] * reached.shape[1]
+    def _without_zeros(self, reached: Tensor, blocks: Sequence[Tensor]) -> Tensor:
+        """Return which tasks have reached the parameters in training of a network that is not split, and note it.
+
+        A compiled network makes gradients of zero for all that a loss does not depend on. So a task has reached a
+        parameter from the first gradient on that is not zero; one where there was none is left to those it is zero for.
+        """
         candidates = self._split.shared_parameters()
-        trained = [place for place, parameter in enumerate(candidates) if parameter.requires_grad]
         if self._ever_reached is None:
             self._ever_reached = torch.zeros(len(self.tasks), len(candidates), dtype=torch.bool)
-        self._ever_reached[:, trained] |= reached
-        several: list[bool] = (self._ever_reached[:, trained].sum(dim=0) > 1).tolist()
-        return several
+        trained = [place for place, parameter in enumerate(candidates) if parameter.requires_grad]
+        ever = self._ever_reached[:, trained]
+        new = (reached & ~ever).nonzero().tolist()
+        if new and not self._has_overflowed:
+            known = torch.stack([blocks[place][task].any() for task, place in new]).tolist()  # waits for the device
+            for (task, place), is_reached in zip(new, known, strict=True):
+                ever[task, place] = is_reached
+            self._ever_reached[:, trained] = ever
+        return reached & (ever | ~ever.any(dim=0))
+
+    def _reached_by_several(self) -> list[bool]:
+        """Return which of the parameters in training of a network that is not split are aggregated."""
+        assert self._ever_reached is not None
+        counts = self._ever_reached.sum(dim=0).tolist()
+        candidates = self._split.shared_parameters()
+        return [count > 1 for count, parameter in zip(counts, candidates, strict=True) if parameter.requires_grad]
 
     # -------------------------------------------------------------------------------------------------------- logging
 
@@ -430,9 +448,25 @@ class GradientModule(SingleNetworkModule):
 
     # ---------------------------------------------------------------------------------------------------------- state
 
+    def on_fit_start(self) -> None:
+        """Look for what is shared once more: the network may have been replaced, or compiled.
+
+        Raises:
+            ValueError: If ``gradients="features"`` and the network is not split.
+            MisconfigurationException: See :class:`~mtl_lightning.modules.single_network.SingleNetworkModule`.
+        """
+        super().on_fit_start()
+        if self._split.network is not self.network:
+            self._split = _split(self.network, self.task_names, self.gradients)
+        if self.gradients == "features":
+            self._split.warn_of_compilation()
+
     def on_train_start(self) -> None:
         """Take up the gradients and sums that a checkpoint holds; Lightning zeroes gradients after loading."""
-        if self._pending_gradients is not None:
+        if self._pending_gradients is None:  # what a run that broke off has left belongs to gradients that are gone
+            self._accumulated = 0
+            self._forget_step()
+        else:
             parameters = list(self.parameters())
             for index, gradient in self._pending_gradients.items():
                 parameters[index].grad = gradient.to(parameters[index])
@@ -446,8 +480,9 @@ class GradientModule(SingleNetworkModule):
     def get_extra_state(self) -> dict[str, Any]:
         """Return everything that decides how the run goes on and is not a parameter or a buffer."""
         accumulated = enumerate(self.parameters()) if self._accumulated else ()
+        gradients = {index: p.grad for index, p in accumulated if p.grad is not None}
         return super().get_extra_state() | {
-            "gradients": {index: p.grad for index, p in accumulated if p.grad is not None},
+            "gradients": gradients if self._pending_gradients is None else self._pending_gradients,
             "losses_of_step": self._losses_of_step.state_dict(),
             "jacobian": self._jacobian,
             "reached": self._reached,
@@ -483,6 +518,27 @@ class _Found:
     reached: Tensor  # which of the tensors that they share the tasks depend on, shape (T, tensors), on the host
     tasks: list[int]  # whose losses and gradients are finite on all ranks
     losses: dict[str, Tensor]  # of these tasks, to be logged
+
+
+def _split(network: nn.Module, task_names: Sequence[str], gradients: str) -> SplitNetwork:
+    split = SplitNetwork(network, task_names)
+    if gradients == "features" and not split.is_split:
+        raise ValueError(
+            "`gradients='features'` needs a network that applies its `heads` to what its `encoder` returns. "
+            f"Found {type(network).__name__}. If it is compiled, compile its parts: `network.encoder.compile()`."
+        )
+    return split
+
+
+def _dense(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Return gradients with the sparse ones, as of ``nn.Embedding(sparse=True)``, made dense."""
+    return [gradient.to_dense() if gradient is not None and gradient.is_sparse else gradient for gradient in gradients]
+
+
+def described(value: object) -> str:
+    """Return what a value is, with the module of its class: there are two of the name of ``MGDA``."""
+    kind = value if isinstance(value, type) else type(value)
+    return f"{'the class' if kind is value else 'an object of'} {kind.__module__}.{kind.__qualname__}"
 
 
 def _common_dtype(tensors: Sequence[Tensor]) -> torch.dtype:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from mtl_lightning.aggregation import gramian
 from mtl_lightning.gradient_weighting import GradientWeighting
 from mtl_lightning.modules.base import LRSchedulerCallable, LRSchedulerInterval, OptimizerCallable
-from mtl_lightning.modules.population import Part, PopulationModule, check_kinds
+from mtl_lightning.modules.gradient import described
+from mtl_lightning.modules.population import Part, PopulationModule
 from mtl_lightning.population import Chunk
 from mtl_lightning.task import Task
 
@@ -102,7 +103,11 @@ class GradientPopulationModule(PopulationModule):
         backend: Literal["auto", "vmap", "loop"] = "auto",
         chunk_size: int | None = None,
     ) -> None:
-        check_kinds(("weighting", weighting, GradientWeighting))
+        if not isinstance(weighting, GradientWeighting):
+            raise TypeError(
+                "`weighting` should be an object of GradientWeighting, such as `mtl_lightning.mgda.MGDA()`. "
+                f"Found {described(weighting)}."
+            )
         super().__init__(
             network=network,
             tasks=tasks,
@@ -143,11 +148,11 @@ class GradientPopulationModule(PopulationModule):
         if self.data_world_size > 1:
             jacobian.copy_(self.reduced(jacobian, "mean"))
         tasks = list(self._losses_of_step.tasks)
-        weights = self._weights(jacobian, self._losses_of_step.compute(), tasks)
         gradient = self.population.theta.grad
         assert gradient is not None
+        weights = self._weights(jacobian, self._losses_of_step.compute(), tasks).to(gradient)
         for column, task in enumerate(tasks):
-            gradient.addcmul_(weights[:, column : column + 1].to(gradient), jacobian[:, task])
+            gradient.addcmul_(weights[:, column : column + 1], jacobian[:, task])
         jacobian.zero_()
 
     def _jacobian_of_step(self) -> Tensor:
@@ -165,18 +170,19 @@ class GradientPopulationModule(PopulationModule):
             losses: Their losses, shape ``(p, T)``.
             tasks: The tasks that have any.
         """
-        size = len(tasks)
-        own = jacobian.new_zeros(len(jacobian), size + size**2, dtype=torch.float64)
-        own[:, :size] = losses[:, tasks]
+        size = len(self.tasks)
+        own = jacobian.new_zeros(len(jacobian), 1 + size, size, dtype=torch.float64)
+        own[:, 0] = losses
         for row, gradients in zip(own, jacobian, strict=True):
-            row[size:] = gramian(gradients[tasks]).flatten()
-        statistics = self.shards.gather(own).cpu()  # the rules work on the host: one wait for the device
+            row[1:] = gramian(gradients)
+        # The rules work on the host: one wait for the device, on which a choice among tasks would be one each.
+        statistics = self.shards.gather(own).cpu()[:, :, tasks]
+        known, products = statistics[:, 0], statistics[:, 1:][:, tasks]
         # A subproblem that failed has no say. Its gradient stays as it is, for the check that follows to find it.
-        sound = statistics.isfinite().all(dim=1)
-        known = torch.where(sound.unsqueeze(1), statistics[:, :size], 1.0)
-        products = statistics[:, size:].view(-1, size, size)
-        products = torch.where(sound[:, None, None], products, torch.eye(size, dtype=products.dtype))
-        preferences = self.preferences[:, tasks].to(statistics)
+        sound = known.isfinite().all(dim=1) & products.isfinite().all(dim=2).all(dim=1)
+        known = torch.where(sound.unsqueeze(1), known, 1.0)
+        products = torch.where(sound[:, None, None], products, torch.eye(len(tasks), dtype=products.dtype))
+        preferences = self.preferences.to(statistics)[:, tasks]
         return self.weighting.weights(products, known, preferences, step=self._steps)[self.shards.members]
 
     def on_train_start(self) -> None:
@@ -197,4 +203,7 @@ class GradientPopulationModule(PopulationModule):
 
     def get_extra_state(self) -> dict[str, Any]:
         """Return everything that decides how the run goes on and is not a parameter or a buffer."""
-        return super().get_extra_state() | {"gradient": self._jacobian if self._accumulated else None}
+        gradient = self._jacobian if self._accumulated else None
+        return super().get_extra_state() | {
+            "gradient": gradient if self._pending_gradient is None else self._pending_gradient
+        }

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger
@@ -17,8 +18,10 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torchjd import aggregation as jd
 
+from mtl_lightning import mgda as population
 from mtl_lightning.aggregation import IMTLG, MGDA, AlignedMTL, GradientAggregator, PCGrad, UPGrad
 from mtl_lightning.cagrad import CAGrad
+from mtl_lightning.cli import run as run_command
 from mtl_lightning.modules.gradient import GradientModule
 from mtl_lightning.modules.weighted import WeightedModule
 from mtl_lightning.nash import NashMTL
@@ -28,6 +31,7 @@ from mtl_lightning.task import Task
 from mtl_lightning.torchjd import TorchJD
 from tests.modules.common import Interleaved, Position, SaveAfterEachBatch, assert_equal_states, trainer
 
+CONFIGS = Path(__file__).parents[2] / "configs"
 NAMES = ("a", "b", "c")
 SGD = partial(torch.optim.SGD, lr=0.05)
 ADAMW = partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.1)
@@ -371,6 +375,63 @@ def test_a_task_that_does_not_reach_the_trunk_does_not_hold_it_back() -> None:
     assert "weight/c" not in run.callback_metrics
 
 
+@pytest.mark.parametrize("split", [True, False])
+def test_a_compiled_network_is_one_like_any_other(split: bool) -> None:
+    # It makes gradients of zero for the heads of other tasks, which are not aggregated for that.
+    data = batches()
+    for index, name in ((1, "b"), (2, "c")):
+        data[index][1][name][:] = torch.nan
+    build = network if split else Whole
+    arguments: dict[str, Any] = {"aggregator": CAGrad(), "optimizer": ADAMW, "accumulate_batches": 1}
+    found = gradient(network=torch.compile(build(), backend="aot_eager"), **arguments)
+    expected = gradient(network=build(), **arguments)
+    for module in (found, expected):
+        trainer(max_epochs=2).fit(module, data)
+    torch.testing.assert_close(flat(found), flat(expected), rtol=1e-4, atol=1e-5)
+
+
+@both
+def test_a_network_that_is_replaced_is_the_one_that_is_trained(gradients: Any) -> None:
+    found, expected = gradient(gradients=gradients), gradient(gradients=gradients)
+    found.network = copy.deepcopy(found.network)
+    for module in (found, expected):
+        trainer().fit(module, batches())
+    assert torch.equal(flat(found), flat(expected))
+
+
+def test_features_of_a_network_that_is_compiled_as_a_whole_are_refused() -> None:
+    module: Any = gradient(gradients="features")
+    module.network = torch.compile(module.network, backend="aot_eager")
+    with pytest.raises(ValueError, match=r"compile its parts: `network\.encoder\.compile\(\)`"):
+        trainer().fit(module, batches())
+
+
+@both
+@pytest.mark.parametrize("place", ["encoder", "head"])
+def test_sparse_gradients_are_made_dense(place: str, gradients: Any) -> None:
+    class Table(nn.Module):
+        def __init__(self, size: int, sparse: bool) -> None:
+            super().__init__()
+            self.table = nn.Embedding(4, size, sparse=sparse)
+            self.layer = nn.LazyLinear(size)
+
+        def forward(self, values: Tensor) -> Tensor:
+            return self.layer(values) + self.table((values[:, 0] > 0).long())
+
+    modules = []
+    for sparse in (True, False):
+        torch.manual_seed(0)
+        net = network()
+        if place == "encoder":
+            net.encoder = Table(8, sparse)
+        else:
+            net.heads["b"] = Table(1, sparse)
+        net(torch.zeros(1, 6))
+        modules.append(gradient(network=net, gradients=gradients))
+        trainer().fit(modules[-1], batches())
+    torch.testing.assert_close(flat(modules[0]), flat(modules[1]))
+
+
 # -------------------------------------------------------------------------------------------------------- missing, sick
 
 
@@ -641,6 +702,31 @@ def test_resumed_after_any_batch_equals_uninterrupted_bit_for_bit(
         assert again.global_step == run.global_step
 
 
+@both
+def test_gradients_of_a_checkpoint_are_saved_once_more_before_they_are_taken_up(gradients: Any, tmp_path: Path) -> None:
+    save = SaveAfterEachBatch(tmp_path)
+    trainer([save]).fit(gradient(accumulate_batches=2, gradients=gradients), batches(3))
+    state = torch.load(save.paths[0], weights_only=True)["state_dict"]
+    assert state["_extra_state"]["gradients"]
+    module = gradient(accumulate_batches=2, gradients=gradients)
+    module.load_state_dict(state)
+    _assert_equal(module.state_dict(), state)
+
+
+@both
+def test_a_run_that_broke_off_leaves_nothing_to_the_next(gradients: Any) -> None:
+    class Break(Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            raise RuntimeError("here")
+
+    module, fresh = (gradient(accumulate_batches=3, gradients=gradients) for _ in range(2))
+    with pytest.raises(RuntimeError, match="here"):
+        trainer([Break()]).fit(module, batches())
+    for each in (module, fresh):
+        trainer().fit(each, batches(3, seed=1))
+    assert torch.equal(flat(module), flat(fresh))
+
+
 def _assert_equal(found: Any, expected: Any) -> None:
     """Compare states that hold lists."""
     assert type(found) is type(expected)
@@ -752,9 +838,48 @@ def test_constructor_refuses_kinds(argument: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("aggregator", "match"),
+    [
+        (population.MGDA(), r"mtl_lightning\.aggregation.*Found an object of mtl_lightning\.mgda\.MGDA"),
+        (MGDA, r"Found the class mtl_lightning\.aggregation\.MGDA"),
+        (jd.MGDA(), r"those of TorchJD go into `mtl_lightning\.torchjd\.TorchJD\(\.\.\.\)`"),
+    ],
+    ids=["rule of populations", "class", "TorchJD"],
+)
+def test_what_is_near_to_an_aggregator_is_refused_with_a_hint(aggregator: Any, match: str) -> None:
+    with pytest.raises(TypeError, match=match):
+        gradient(aggregator=aggregator)
+
+
+@pytest.mark.parametrize(
     ("flags", "match"),
     [({"gradient_clip_val": 1.0}, "gradient_clip_norm"), ({"accumulate_grad_batches": 2}, "accumulate_batches")],
 )
 def test_trainer_flags_that_do_not_reach_are_refused(flags: dict[str, Any], match: str) -> None:
     with pytest.raises(MisconfigurationException, match=match):
         trainer(**flags).fit(gradient(), batches())
+
+
+# -------------------------------------------------------------------------------------------------------- command line
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["own", "TorchJD"])
+def test_a_configuration_names_an_aggregator(own: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config: dict[str, Any] = yaml.safe_load((CONFIGS / "gradient_multi_digits.yaml").read_text())
+    config["trainer"] |= {"max_epochs": 1, "limit_train_batches": 2, "limit_val_batches": 1, "accelerator": "cpu"}
+    config["trainer"]["enable_progress_bar"] = False
+    config["data"]["init_args"] |= {"num_train": 256, "num_val": 128, "num_test": 128}
+    if not own:
+        inner = {"class_path": "torchjd.aggregation.FairGrad", "init_args": {"alpha": 2.0}}
+        rule = {"class_path": "mtl_lightning.torchjd.TorchJD", "init_args": {"aggregator": inner, "seed": 3}}
+        config["model"]["init_args"]["aggregator"] = rule
+    monkeypatch.chdir(tmp_path)
+    Path("run.yaml").write_text(yaml.safe_dump(config))
+    cli = run_command(["fit", "--config=run.yaml"])
+    aggregator = cli.model.aggregator
+    assert isinstance(aggregator, UPGrad if own else TorchJD)
+    if not own:
+        assert isinstance(aggregator.aggregator, jd.FairGrad)
+        assert (aggregator.seed, aggregator.get_extra_state()["draws"]) == (3, 2)
+    assert cli.trainer.global_step == 2
+    assert cli.trainer.callback_metrics["weight/left"] > 0

@@ -15,6 +15,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from mtl_lightning import aggregation
 from mtl_lightning.callbacks import HypervolumeCallback, ParetoFrontCallback
 from mtl_lightning.callbacks.objectives import is_population
 from mtl_lightning.exact_pareto import EPO
@@ -344,6 +345,16 @@ def test_resumed_after_any_batch_equals_uninterrupted_bit_for_bit(rule: str, tmp
         assert again.global_step == run.global_step
 
 
+def test_gradients_of_a_checkpoint_are_saved_once_more_before_they_are_taken_up(tmp_path: Path) -> None:
+    save = SaveAfterEachBatch(tmp_path)
+    trainer([save]).fit(_module(accumulate_batches=2), Position())
+    state = torch.load(save.paths[0], weights_only=True)["state_dict"]
+    assert state["_extra_state"]["gradient"].shape[:2] == (4, 2)
+    module = _module(accumulate_batches=2)
+    module.load_state_dict(state)
+    assert torch.equal(module.state_dict()["_extra_state"]["gradient"], state["_extra_state"]["gradient"])
+
+
 def test_the_state_of_a_rule_is_in_checkpoints(tmp_path: Path) -> None:
     class Counting(EPO):
         steps: Tensor
@@ -488,7 +499,16 @@ def test_the_module_satisfies_the_protocol_of_the_callbacks() -> None:
     assert is_population(protocol)
 
 
-@pytest.mark.parametrize("weighting", [None, "EPO", EPO])
-def test_what_is_no_rule_is_refused(weighting: Any) -> None:
-    with pytest.raises(TypeError, match=r"`weighting` should be an object of .*GradientWeighting"):
+@pytest.mark.parametrize(
+    ("weighting", "found"),
+    [
+        (None, "an object of builtins.NoneType"),
+        ("EPO", "an object of builtins.str"),
+        (EPO, "the class mtl_lightning.exact_pareto.EPO"),
+        (aggregation.MGDA(), "an object of mtl_lightning.aggregation.MGDA"),
+    ],
+    ids=["none", "string", "class", "aggregator"],
+)
+def test_what_is_no_rule_is_refused(weighting: Any, found: str) -> None:
+    with pytest.raises(TypeError, match=f"`weighting` should be an object of GradientWeighting.*Found {found}"):
         _module(weighting=weighting)
