@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -13,12 +12,14 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from mtl_lightning.modules.checkpoint_io import AtomicCheckpointIO, read_checkpoint
 from mtl_lightning.modules.checkpoints import check_record, check_shapes, make_record, population_facts
+from mtl_lightning.modules.habits import check_callbacks
 from mtl_lightning.modules.preemption import DeferredSignals
 from mtl_lightning.modules.resuming import make_up_for_validation, missed_validation
 from mtl_lightning.modules.waiting import meeting
@@ -246,6 +247,8 @@ class MultiTaskModule(LightningModule):
                 f"Gradients are accumulated by `{type(self).__name__}(accumulate_batches=...)`. "
                 f"Found `Trainer(accumulate_grad_batches={self.trainer.accumulate_grad_batches})`; remove it."
             )
+        if self.trainer.state.fn == "fit":
+            check_callbacks(self)
         strategy = self.trainer.strategy
         is_plain = isinstance(strategy, SingleDeviceStrategy | DDPStrategy)
         if is_plain and type(strategy.checkpoint_io) is TorchCheckpointIO:  # else it is the user's choice
@@ -379,10 +382,9 @@ class MultiTaskModule(LightningModule):
             check_shapes(self, state_dict, strict, error)
             raise
         if state_dict["_extra_state"]["in_batch"]:
-            warnings.warn(
+            rank_zero_warn(
                 "A checkpoint should be written between two batches for a run to go on exactly. Found one from inside "
-                "a batch, as an exception leaves it: part of that batch may be trained, and it is not repeated.",
-                stacklevel=2,
+                "a batch, as an exception leaves it: part of that batch may be trained, and it is not repeated."
             )
         return loaded
 

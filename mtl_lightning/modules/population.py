@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -155,8 +155,8 @@ class PopulationModule(MultiTaskModule):
         self._evaluation = PopulationEvaluation(self.tasks, size)
         self._evaluated = False
         self._live = self._stages[0].preferences
-        self._healthy: Tensor
-        self.register_buffer("_healthy", torch.ones(size, dtype=torch.bool), persistent=False)
+        # No buffer: callbacks average buffers, and these are no numbers.
+        self._healthy = torch.ones(size, dtype=torch.bool)
 
     # ------------------------------------------------------------------------------------------------ what users read
 
@@ -375,7 +375,8 @@ class PopulationModule(MultiTaskModule):
                 flag of the trainer does not reach manual optimisation.
         """
         strategy = self.trainer.strategy
-        if self.trainer.state.fn == "fit" and not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
+        fits = isinstance(strategy, SingleDeviceStrategy | DDPStrategy) and not isinstance(strategy, DeepSpeedStrategy)
+        if self.trainer.state.fn == "fit" and not fits:
             raise MisconfigurationException(
                 f"`{type(self).__name__}` trains on one device, with DDP (`Trainer(strategy='ddp')`) or, where the "
                 "population is too large for one device, with `Trainer(strategy=PopulationParallelStrategy())`. "

@@ -19,7 +19,6 @@ from torch.utils import _pytree as pytree
 from mtl_lightning.modules.base import LRSchedulerCallable, LRSchedulerInterval, MultiTaskModule, OptimizerCallable
 from mtl_lightning.modules.evaluation import PopulationEvaluation
 from mtl_lightning.modules.gradients import average_gradients, average_tensors
-from mtl_lightning.modules.habits import check_callbacks
 from mtl_lightning.modules.scaling import ScaledSteps, gradient_scale
 from mtl_lightning.sharding import clip_gradient_norm, is_sharded, misplaced_units, reshard, shard_network
 from mtl_lightning.task import Task
@@ -101,12 +100,6 @@ class SingleNetworkModule(MultiTaskModule):
         return self.checked_losses(self(inputs), present) if present else {}
 
     # ------------------------------------------------------------------------------------------------------- training
-
-    def configure_callbacks(self) -> list[Any]:
-        """Refuse what does not reach manual optimisation, before anything is set up; add no callback."""
-        if self.trainer.state.fn == "fit":
-            check_callbacks(self)
-        return super().configure_callbacks()
 
     def configure_model(self) -> None:
         """Shard the network under Lightning's ``ModelParallelStrategy``, unless an override has done so.

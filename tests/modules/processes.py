@@ -43,7 +43,7 @@ class Synchronised(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         moments = torch.stack([features.mean(dim=0), features.square().mean(dim=0)])
         if torch.distributed.is_initialized():
-            moments = all_reduce(moments) / torch.distributed.get_world_size()
+            moments = all_reduce(moments) / torch.distributed.get_world_size()  # type: ignore[no-untyped-call]
         mean, square = moments
         return (features - mean) / (square - mean.square() + 1e-3).sqrt()
 

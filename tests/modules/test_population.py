@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -191,7 +192,7 @@ def test_means_over_ranks_do_not_overflow() -> None:
             assert torch.equal(self.reduced(large.clone(), "mean"), large)
             assert torch.equal(self.reduced(torch.ones(2), "sum"), torch.full((2,), 2.0))
 
-    strategy = DDPStrategy(start_method="fork", process_group_backend="gloo")
+    strategy = DDPStrategy(start_method="fork", process_group_backend="gloo", timeout=timedelta(seconds=60))
     module = Same(network(), tasks(), simplex_lattice(num_tasks=2, num_divisions=3), SGD, backend="loop")
     run = trainer(devices=2, strategy=strategy, use_distributed_sampler=False)
     run.fit(module, Interleaved(list(loader())))

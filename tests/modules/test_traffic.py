@@ -1,4 +1,4 @@
-"""What ranks exchange in a step: the table of `docs/traffic.md`."""
+"""What ranks exchange in a step: the table of `docs/distributed.md`."""
 
 from __future__ import annotations
 
