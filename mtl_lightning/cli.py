@@ -24,6 +24,9 @@ from mtl_lightning.commands.loading import load as load
 from mtl_lightning.commands.parsing import USER_ERRORS, Parser, one_line
 from mtl_lightning.commands.run_report import report
 from mtl_lightning.datamodules.preview import write_preview
+from mtl_lightning.modules.checkpoint_io import read_checkpoint
+from mtl_lightning.modules.checkpoints import CheckpointError
+from mtl_lightning.modules.waiting import LostRankError
 
 
 class MultiTaskCLI(LightningCLI):
@@ -43,6 +46,14 @@ class MultiTaskCLI(LightningCLI):
             "-c", "--config", action="config", help="Path to a configuration file in json or yaml format."
         )
         return parser
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse them; a checkpoint is looked at before Lightning reads it, which cannot tell what is wrong with it."""
+        super().parse_arguments(parser, args)
+        subcommand = self.config.get("subcommand")
+        checkpoint = self.config[subcommand].get("ckpt_path") if subcommand else None
+        if checkpoint is not None and Path(checkpoint).is_file():
+            read_checkpoint(checkpoint, map_location="meta")
 
     def instantiate_classes(self) -> None:
         """Make the objects of the configuration; what their constructors refuse ends in one line, too."""
@@ -69,7 +80,7 @@ def run(args: Sequence[str] | None = None) -> MultiTaskCLI:
             save_config_kwargs={"overwrite": True},
             args=None if args is None else list(args),
         )
-    except (MisconfigurationException, FileNotFoundError) as error:  # found when the run begins: flags and checkpoints
+    except (MisconfigurationException, FileNotFoundError, CheckpointError, LostRankError) as error:
         sys.exit(f"mtl-lightning: error: {one_line(str(error))}")
 
 

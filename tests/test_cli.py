@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from lightning.pytorch import Callback
 
 from mtl_lightning.cli import main, preview, run
+from mtl_lightning.modules.waiting import LostRankError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 CONFIG = CONFIGS / "mt2o_multi_digits.yaml"
@@ -167,6 +169,24 @@ def test_preference_vectors_can_be_written_out(folder: Path) -> None:
 
 def test_a_missing_file_ends_in_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "nope.yaml" in _run(capsys, "fit", "--config=nope.yaml")
+
+
+def test_a_broken_checkpoint_ends_in_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "half.ckpt").write_bytes(b"PK half of it")
+    message = _run(capsys, "fit", f"--config={CONFIG}", *SHORT, "--ckpt_path=half.ckpt")
+    assert message.startswith("mtl-lightning: error: The checkpoint half.ckpt should be a whole file")
+
+
+class LosesRank(Callback):
+    """Ends a run as a rank that has lost another one."""
+
+    def on_train_start(self, *_: Any) -> None:
+        raise LostRankError("All ranks should meet.\nFound one that does not answer.")
+
+
+def test_a_lost_rank_ends_in_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = _run(capsys, "fit", f"--config={CONFIG}", *SHORT, "--trainer.callbacks+=tests.test_cli.LosesRank")
+    assert message == "mtl-lightning: error: All ranks should meet. Found one that does not answer."
 
 
 def test_the_weight_decay_of_adamw_is_what_the_configuration_says(folder: Path) -> None:

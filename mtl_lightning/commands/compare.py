@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 from mtl_lightning.commands.claims import ClaimedError
 from mtl_lightning.commands.configuration import Command, Comparison, Run, load_comparison
 from mtl_lightning.commands.parsing import USER_ERRORS, FitConfiguration, one_line
-from mtl_lightning.commands.report import write_report
+from mtl_lightning.commands.report import check_baselines, write_report
 from mtl_lightning.commands.results import Result, load_failure, load_result, save_failure
 from mtl_lightning.commands.single_tasks import write_baselines
 from mtl_lightning.commands.training import complete, is_rank_zero
@@ -77,12 +77,14 @@ def _main(command: Command, args: Sequence[str]) -> None:
         if options.only is not None and options.seed is not None:
             _run_here(runs[0])
             return
+        if command == "compare":
+            check_baselines(comparison)
         for name, run in {(run.command, run.name): run for run in runs}.items():
             _check(run, name[1])
+        _run_all(runs, options.config)
+        lacking = [run for run in runs if load_result(run) is None]
     except USER_ERRORS as error:
         sys.exit(f"mtl-lightning: error: {one_line(str(error))}")
-    _run_all(runs, options.config)
-    lacking = [run for run in runs if load_result(run) is None]
     try:
         _write(command, comparison)
     except USER_ERRORS as error:
@@ -163,8 +165,15 @@ def _run_all(runs: Sequence[Run], config: str) -> None:
             _say(f"{start}in work elsewhere")
         else:
             if status < 0:  # it could not say so itself
-                save_failure(run, f"ended by signal {-status} ({signal.Signals(-status).name})")
+                save_failure(run, f"ended by signal {_signal(-status)}")
             _say(f"{start}failed, {load_failure(run) or f'exit status {status}'}; see {log}")
+
+
+def _signal(number: int) -> str:
+    try:
+        return f"{number} ({signal.Signals(number).name})"
+    except ValueError:  # of the real-time signals only the first and the last have a name
+        return str(number)
 
 
 def _run_apart(run: Run, config: str, log: Path) -> int:

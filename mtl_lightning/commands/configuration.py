@@ -22,7 +22,7 @@ A method is what its configuration for ``fit`` holds beyond the parts that all m
     single_tasks: true                    # train each task alone first; or the parts in which these runs differ
     baselines: FILE                       # or take the baselines of delta m from a file of `save_baselines`
 
-A mapping of a method replaces the shared one if it has a ``class_path`` of its own, else they are merged. A method may
+A mapping of a method replaces the shared one if it has another ``class_path``, else they are merged. A method may
 have ``select: {monitor: ..., mode: ...}`` and ``seed_arguments`` of its own, which are added to those of all.
 """
 
@@ -71,6 +71,11 @@ _TRAINER_REFUSED = {
     "default_root_dir": "the folder of each run takes its place",
     "fast_dev_run": "it keeps no checkpoint; use `max_epochs` and `limit_train_batches`",
     "enable_checkpointing": "the best epoch is read back from its checkpoint",
+}
+# What every run has anyway; two of a kind would write the same files.
+_CALLBACKS_REFUSED = {
+    "CostCallback": "each run has one",
+    "HypervolumeCallback": "`reference_point` gives each run one",
 }
 _SINGLE_TASKS = "single_tasks"
 _RESERVED = (_SINGLE_TASKS, "single tasks", "logs", "superseded")
@@ -196,7 +201,9 @@ def load_comparison(path: str | Path, command: Command = "compare") -> Compariso
 
 def _read(path: Path, content: Mapping[str, Any], command: Command) -> Comparison:
     _check_keys("The file", content, _KEYS)
-    output = Path(content.get("output", Path("runs") / path.stem))
+    output = content.get("output", str(Path("runs") / path.stem))
+    if not isinstance(output, str) or not output:
+        raise ValueError(f"`output` should be the path of a folder. Found {output!r}.")
     seeds = _seeds(content.get("seeds"))
     metrics = _metrics(content.get("metrics"))
     reference_point = _reference_point(content.get("reference_point"))
@@ -211,12 +218,17 @@ def _read(path: Path, content: Mapping[str, Any], command: Command) -> Compariso
     if member == "delta_m" and not (baselines or single_tasks):
         raise ValueError("`member: delta_m` needs `single_tasks: true`, or `baselines` with validation values.")
     shared = _mapping("`shared`", content.get("shared", {}))
-    builder = _Builder(content, shared, output, seeds, reference_point)
+    builder = _Builder(content, shared, Path(output), seeds, reference_point)
 
     methods = _mapping("`methods`", content.get("methods", {}))
     if not methods and command == "compare":
         raise ValueError("`methods` should hold at least one method. Found none.")
-    runs = {name: builder.runs(_name(name), _mapping(f"Method {name!r}", part)) for name, part in methods.items()}
+    runs: dict[str, list[Run]] = {}
+    for key, part in methods.items():
+        name = _name(key)  # what YAML reads as a number is a name, too
+        if name in runs:
+            raise ValueError(f"Each method should have a name of its own. Found {name!r} twice.")
+        runs[name] = builder.runs(name, _mapping(f"Method {name!r}", part))
     if methods:
         unused = [name for name in shared if name not in builder.used]
         if unused:
@@ -229,7 +241,7 @@ def _read(path: Path, content: Mapping[str, Any], command: Command) -> Compariso
         alone = {task: builder.single_task(_name(task), overrides) for task in tasks}
     return Comparison(
         path=path,
-        output=output,
+        output=Path(output),
         title=str(content.get("title", path.stem)),
         methods=runs,
         single_tasks=alone,
@@ -309,6 +321,9 @@ class _Builder:
         for key, reason in _TRAINER_REFUSED.items():
             if key in trainer:
                 raise ValueError(f"`trainer` of {what} should not hold `{key}`: {reason}.")
+        for kind in _callbacks(trainer):
+            if kind in _CALLBACKS_REFUSED:
+                raise ValueError(f"`trainer` of {what} should not hold `{kind}`: {_CALLBACKS_REFUSED[kind]}.")
         content = {
             "trainer": trainer,
             "model": {
@@ -372,15 +387,23 @@ def _arguments(function: Callable[..., Any]) -> set[str]:
 
 
 def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``base`` with the entries of ``over``; mappings without a class of their own are merged likewise."""
+    """Return ``base`` with the entries of ``over``; mappings within are merged, too, unless their classes differ."""
     merged = dict(base)
     if "class_path" in over and over["class_path"] != base.get("class_path"):
         return dict(over)
     for key, value in over.items():
         before = merged.get(key)
         both = isinstance(before, Mapping) and isinstance(value, Mapping)
-        merged[key] = _merged(before, value) if both and "class_path" not in value else value  # type: ignore[arg-type]
+        merged[key] = _merged(before, value) if both else value  # type: ignore[arg-type]
     return merged
+
+
+def _callbacks(trainer: Mapping[str, Any]) -> list[str]:
+    """Return the names of the classes of the callbacks, of one or of a list."""
+    given = trainer.get("callbacks") or []
+    parts = given if isinstance(given, list) else [given]
+    paths = [part.get("class_path") if isinstance(part, Mapping) else part for part in parts]
+    return [path.rpartition(".")[2] for path in paths if isinstance(path, str)]
 
 
 def _assign(content: dict[str, Any], argument: str, value: int) -> None:

@@ -109,11 +109,12 @@ def _numbers(
     comparison: Comparison, result: Result, baselines: Mapping[str, Mapping[str, Baseline]]
 ) -> dict[str, float]:
     """Return the columns of one run."""
-    member = select_member(comparison, result, baselines["val"])
-    values = {name: metric_value(result, "test", name, member) for name in comparison.metrics}
-    numbers = dict(values)
-    if baselines["test"]:
-        numbers["delta m (%)"] = relative_improvement(values, baselines["test"], comparison.per)
+    numbers: dict[str, float] = {}
+    if comparison.member == "loss" or baselines["val"] or not result.population:
+        member = select_member(comparison, result, baselines["val"])
+        numbers = {name: metric_value(result, "test", name, member) for name in comparison.metrics}
+        if baselines["test"]:
+            numbers["delta m (%)"] = relative_improvement(numbers, baselines["test"], comparison.per)
     if comparison.reference_point is not None:
         numbers["hypervolume"] = _hypervolume(comparison, result.losses(result.test))
     return numbers | {column: float(result.cost[key]) for key, column in _COSTS.items()}
@@ -180,13 +181,25 @@ def _numbers_alone(comparison: Comparison, baselines: Mapping[str, Baseline]) ->
     return _transposed(numbers)
 
 
+def check_baselines(comparison: Comparison) -> None:
+    """See that files of baselines hold what the tables need, before anything is trained for them.
+
+    Raises:
+        OSError: If there is no such file.
+        ValueError: If a metric is missing in them, or they disagree on whether more of it is better.
+    """
+    if comparison.baselines:
+        _baselines(comparison)
+
+
 def _baselines(comparison: Comparison) -> tuple[dict[str, dict[str, Baseline]], list[str]]:
     """Return the baselines of test and validation by metric, empty where there are none, and notes on them."""
     none: dict[str, dict[str, Baseline]] = {"test": {}, "val": {}}
     if comparison.single_tasks:
         missing = [run.label for run in comparison.runs("single-tasks") if load_result(run) is None]
         if missing:
-            return none, [f"There is no delta m: of the baselines are missing {', '.join(missing)}."]
+            what = "no delta m" if comparison.member == "loss" else "no delta m, and no metrics of populations"
+            return none, [f"There is {what}: of the baselines are missing {', '.join(missing)}."]
         for split, found in none.items():
             for name, seeds in baseline_values(comparison, split).items():
                 found[name] = Baseline(confidence_interval(seeds).mean, comparison.metrics[name])
@@ -211,7 +224,7 @@ def _baselines(comparison: Comparison) -> tuple[dict[str, dict[str, Baseline]], 
 def _add_ranks(comparison: Comparison, numbers: Mapping[str, dict[str, dict[int, float]]]) -> list[int]:
     """Add the mean ranks for the seeds that all methods with any result have in common; return these seeds."""
     metrics = list(comparison.metrics)
-    present = [of_method for of_method in numbers.values() if of_method]
+    present = [of_method for of_method in numbers.values() if metrics[0] in of_method]
     seeds = [seed for seed in comparison.seeds if all(seed in of_method[metrics[0]] for of_method in present)]
     if not present or not seeds:
         return []

@@ -71,11 +71,21 @@ def save_result(run: Run, result: Result) -> None:
 
 
 def load_result(run: Run) -> Result | None:
-    """Return the result of a run, None if there is none of its present configuration."""
-    content = read_json(run.folder / "result.json")
+    """Return the result of a run, None if there is none of its present configuration.
+
+    Raises:
+        ValueError: If the file is broken, or of a release that writes other results.
+    """
+    path = run.folder / "result.json"
+    content = read_json(path)
     if content is None or content.get("digest") != run.digest:
         return None
-    return Result(**content)
+    try:
+        return Result(**content)
+    except TypeError as error:
+        raise ValueError(
+            f"{str(path)!r} should be a result of this release. Found: {error}. Delete it to make it anew."
+        ) from error
 
 
 def save_failure(run: Run, message: str) -> None:

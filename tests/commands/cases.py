@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from mtl_lightning.datamodules import MultiDigitsDataModule
-from mtl_lightning.modules import WeightedModule
+from mtl_lightning.modules import MT2OModule, WeightedModule
 
 
 class WatchedDigits(MultiDigitsDataModule):
@@ -49,6 +51,15 @@ class OnePerTask(WeightedModule):
         for loss in own.values():
             torch.autograd.grad(loss, first, retain_graph=True)
         return own
+
+
+class Held(MT2OModule):
+    """Waits at the start of the second epoch, to be killed there, where the environment has ``HOLD``."""
+
+    def on_train_epoch_start(self) -> None:
+        super().on_train_epoch_start()
+        if self.current_epoch == 1 and "HOLD" in os.environ:
+            time.sleep(3600)
 
 
 class Failing(WeightedModule):

@@ -15,9 +15,10 @@ import yaml
 
 from mtl_lightning.commands.compare import CLAIMED, compare, single_tasks
 from mtl_lightning.commands.configuration import load_comparison
+from mtl_lightning.commands.parsing import FitConfiguration
 from mtl_lightning.commands.results import load_failure, load_result
 from mtl_lightning.commands.training import complete
-from mtl_lightning.metrics import load_baselines
+from mtl_lightning.metrics import load_baselines, save_baselines
 from tests.commands.cases import FRONT, JOINT, content, write
 
 ROOT = Path(__file__).parents[2]
@@ -81,9 +82,12 @@ def test_the_shipped_comparison_runs_job_by_job_and_ends_in_tables(
 
 
 def _kill_after_an_epoch(arguments: list[str], folder: Path) -> None:
-    """Start a run and kill it as soon as its first checkpoint is there."""
+    """Start a run that is held after its first epoch, and kill it there."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "mtl_lightning.cli", *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        [sys.executable, "-m", "mtl_lightning.cli", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, "HOLD": "1"},
     )
     try:
         while not (folder / "checkpoints" / "last.ckpt").exists():
@@ -97,8 +101,9 @@ def _kill_after_an_epoch(arguments: list[str], folder: Path) -> None:
 def test_a_killed_comparison_goes_on_where_it_was_and_after_a_run_that_fails(
     path: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    methods = {"failing": {"model": {"class_path": "tests.commands.cases.Failing"}}, "front": FRONT}
-    changes = {"methods": methods, "trainer": {"max_epochs": 12, "accelerator": "cpu", "devices": 1}}
+    front = {"model": {**FRONT["model"], "class_path": "tests.commands.cases.Held"}}
+    methods = {"failing": {"model": {"class_path": "tests.commands.cases.Failing"}}, "front": front}
+    changes = {"methods": methods, "trainer": {"max_epochs": 3, "accelerator": "cpu", "devices": 1}}
     write(tmp_path, **changes)
     run = load_comparison(path).methods["front"][0]
     _kill_after_an_epoch(["compare", f"--config={path}", "--only=front", "--seed=0"], run.folder)
@@ -124,15 +129,23 @@ def test_a_killed_comparison_goes_on_where_it_was_and_after_a_run_that_fails(
         assert found.cost[count] == whole.cost[count]
 
 
+@pytest.mark.parametrize(("number", "said"), [(9, "9 (SIGKILL)"), (40, "40")])
 def test_a_run_that_is_killed_for_good_is_reported(
-    path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    number: int,
+    said: str,
+    path: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     write(tmp_path, methods={"joint": JOINT})
+    run = load_comparison(path).methods["joint"][0]
+    FitConfiguration(run.content)  # asks the interpreter for its folders, once
     # A process in the place of the run's that is killed, as one that needs too much memory is.
-    monkeypatch.setattr(sys, "executable", _script(tmp_path / "killed", "kill -9 $$"))
+    monkeypatch.setattr(sys, "executable", _script(tmp_path / "killed", f"kill -{number} $$"))
     assert "no result of joint, seed 0" in _error([f"--config={path}"])
-    assert load_failure(load_comparison(path).methods["joint"][0]) == "ended by signal 9 (SIGKILL)"
-    assert "No result: joint, seed 0, failed: ended by signal 9 (SIGKILL)" in capsys.readouterr().out
+    assert load_failure(run) == f"ended by signal {said}"
+    assert f"No result: joint, seed 0, failed: ended by signal {said}" in capsys.readouterr().out
 
 
 def _script(path: Path, body: str) -> str:
@@ -188,6 +201,22 @@ def test_a_wrong_argument_of_a_method_is_found_before_anything_is_trained(path: 
     assert "wrong: " in error
     assert "weightin" in error
     assert not Path(content(tmp_path)["output"]).exists()
+
+
+def test_baselines_that_do_not_fit_are_found_before_anything_is_trained(path: str, tmp_path: Path) -> None:
+    baselines = tmp_path / "baselines.json"
+    write(tmp_path, baselines=str(baselines))
+    assert str(baselines) in _error([f"--config={path}"])
+    save_baselines(baselines, {"test_loss/right": 1.0}, {"test_loss/right": False})
+    assert "should hold test_accuracy/left" in _error([f"--config={path}"])
+    assert not Path(content(tmp_path)["output"]).exists()
+
+
+def test_a_result_that_cannot_be_read_ends_in_one_line(path: str) -> None:
+    result = load_comparison(path).methods["joint"][0].folder / "result.json"
+    result.parent.mkdir(parents=True)
+    result.write_text("{")
+    assert "should be a JSON file" in _error([f"--config={path}"])
 
 
 def test_the_baselines_need_all_their_runs(path: str) -> None:

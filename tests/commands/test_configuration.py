@@ -41,6 +41,20 @@ def test_a_method_overrides_a_part_or_with_a_class_of_its_own_the_whole(tmp_path
     assert runs["whole"][0].content["trainer"]["max_epochs"] == 2
 
 
+def test_a_part_that_repeats_the_class_is_merged_with_the_shared_one(tmp_path: Path) -> None:
+    optimizer = {"class_path": "torch.optim.Adam", "init_args": {"weight_decay": 0.1}}
+    method = {"model": {**JOINT["model"], "init_args": {"optimizer": optimizer}}}
+    run = _run(tmp_path, "joint", methods={"joint": method})
+    expected = {"class_path": "torch.optim.Adam", "init_args": {"lr": 0.01, "weight_decay": 0.1}}
+    assert run.content["model"]["init_args"]["optimizer"] == expected
+
+
+def test_a_name_that_yaml_reads_as_a_number_is_a_name(tmp_path: Path) -> None:
+    comparison = load_comparison(write(tmp_path, methods={1: JOINT, 0.5: JOINT}))
+    assert list(comparison.methods) == ["1", "0.5"]
+    assert [run.name for run in comparison.runs("compare")] == ["1", "0.5"]
+
+
 def test_seeds_go_where_they_are_told_to(tmp_path: Path) -> None:
     weighting = {"class_path": "mtl_lightning.weighting.RandomWeights"}
     method = {
@@ -129,6 +143,8 @@ def test_the_resolved_configuration_is_one_for_fit(tmp_path: Path) -> None:
         ({"seeds": [1, 1]}, r"different integers .* Found \[1, 1\]"),
         ({"method": {}}, r"Found 'method'"),
         ({"methods": {}}, r"at least one method"),
+        ({"methods": {1: JOINT, "1": JOINT}}, r"name of its own. Found '1' twice"),
+        ({"output": 3}, r"`output` should be the path of a folder. Found 3"),
         ({"methods": {"a/b": JOINT}}, r"that of a folder.*Found 'a/b'"),
         ({"methods": {"logs": JOINT}}, r"Found 'logs'"),
         ({"methods": {"joint": {**JOINT, "epochs": 3}}}, r"Method 'joint' should hold .*Found 'epochs'"),
@@ -147,6 +163,14 @@ def test_the_resolved_configuration_is_one_for_fit(tmp_path: Path) -> None:
         ({"member": "delta_m"}, r"needs `single_tasks: true`"),
         ({"baselines": "file.json", "single_tasks": True}, r"Found both"),
         ({"trainer": {"fast_dev_run": True}}, r"should not hold `fast_dev_run`"),
+        (
+            {"trainer": {"callbacks": [{"class_path": "mtl_lightning.callbacks.CostCallback"}]}},
+            r"should not hold `CostCallback`: each run has one",
+        ),
+        (
+            {"trainer": {"callbacks": {"class_path": "mtl_lightning.callbacks.HypervolumeCallback"}}},
+            r"should not hold `HypervolumeCallback`: `reference_point`",
+        ),
         ({"seed_arguments": ["seed"]}, r"Found 'seed'"),
     ],
 )

@@ -207,6 +207,21 @@ def test_tasks_alone_are_a_row_and_the_baselines(tmp_path: Path) -> None:
     assert any("missing right alone, seed 2" in note for note in table.notes)
 
 
+def test_a_population_waits_for_the_baselines_that_choose_its_model(tmp_path: Path) -> None:
+    """The rest of the table is there: other methods, hypervolume and costs."""
+    comparison = _comparison(
+        tmp_path, methods={"a": JOINT, "front": FRONT}, seeds=[0], single_tasks=True, member="delta_m"
+    )
+    _save(comparison.methods["a"][0], [[1.0, 1.0]], [[1.0, 1.0]], [0.5])
+    _save(comparison.methods["front"][0], [[1.0, 2.0]] * 2, [[1.0, 2.0]] * 2, [0.5] * 2, [[1.0, 0.0], [0.0, 1.0]])
+    report = make_report(comparison)
+    assert set(report.numbers["front"]) == {"hypervolume", "seconds", "processor seconds", "gradient evaluations"}
+    assert report.numbers["front"]["hypervolume"][0] == pytest.approx(2.0)
+    assert report.numbers["a"]["accuracy/left"] == {0: 0.5}
+    assert report.numbers["a"]["mean rank"] == {0: 1.0}
+    assert any("missing left alone, seed 0" in note and "populations" in note for note in report.table.notes)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -83,3 +83,10 @@ def test_a_file_that_is_broken_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text("{")
     with pytest.raises(ValueError, match=r"a\.json' should be a JSON file"):
         read_json(tmp_path / "a.json")
+
+
+def test_a_result_of_another_release_is_named(tmp_path: Path) -> None:
+    run = _run(tmp_path)
+    write_json(run.folder / "result.json", {"digest": run.digest, "name": "joint"})
+    with pytest.raises(ValueError, match=r"result\.json' should be a result of this release.*Delete it"):
+        load_result(run)
