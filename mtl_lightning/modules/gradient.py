@@ -79,10 +79,9 @@ class GradientModule(SingleNetworkModule):
         are held at once, ``T`` times their size in float32, and twice that if batches are accumulated or reduced over
         ranks; sparse ones are made dense. A batch waits for the device for its losses, for whether its gradients are
         finite, and for their Gramian. ``torch.utils.checkpoint`` needs ``use_reentrant=False``. The Gramian and the
-        weighted sum are taken in float64, which Apple's MPS does not have. With accumulated batches, the gradients in
-        a checkpoint are those of rank zero only. Backward passes are those of ``torch.autograd.grad``, which
-        ``on_before_backward`` does not see. With ``gradients="features"`` the encoder and the heads are called, not
-        the network: compile those.
+        weighted sum are taken in float64, which Apple's MPS does not have. Backward passes are those of
+        ``torch.autograd.grad``, which ``on_before_backward`` does not see. With ``gradients="features"`` the encoder
+        and the heads are called, not the network: compile those.
 
     Example:
         >>> from functools import partial
@@ -489,6 +488,15 @@ class GradientModule(SingleNetworkModule):
             "ever_reached": self._ever_reached,
             "has_overflowed": self._has_overflowed,
         }
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Let the checkpoint hold what all ranks have accumulated, each of which has seen its own batches."""
+        super().on_save_checkpoint(checkpoint)
+        if self.save_mean_gradients(checkpoint) and self._jacobian is not None and self._reached is not None:
+            state = self.saved_extra_state(checkpoint)
+            state["jacobian"] = self.reduced(self._jacobian.clone(), "mean")
+            reached = self._reached.to(device=self.device, dtype=torch.float32)
+            state["reached"] = self.reduced(reached, "sum").cpu() > 0
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Take up the state of a checkpoint."""

@@ -99,11 +99,10 @@ class ParetoSetModule(SingleNetworkModule):
         Limits: strategies other than one device and DDP are refused. Each batch waits once for the device, to see which
         losses are finite, and once more for rules that work on the host, such as EPO. Losses are averaged in float64,
         which Apple's MPS does not have. Buffers of the network, such as running statistics, are shared by all
-        preferences. With accumulated batches, the gradients in a checkpoint are those of rank zero only. A validation
-        or a prediction keeps what the network computes from the preferences alone for all ``P``: for a hypernetwork or
-        a manifold, ``P`` times the parameters of one model. A rule takes gradients that are not finite, as those that a
-        gradient scaler has let overflow, for orthogonal ones of length one. It differentiates a compiled network only
-        with ``torch._functorch.config.donated_buffer = False``.
+        preferences. A validation or a prediction keeps what the network computes from the preferences alone for all
+        ``P``: for a hypernetwork or a manifold, ``P`` times the parameters of one model. A rule takes gradients that
+        are not finite, as those that a gradient scaler has let overflow, for orthogonal ones of length one. It
+        differentiates a compiled network only with ``torch._functorch.config.donated_buffer = False``.
 
         For PHN-EPO the gradients are those in the parameters of the hypernetwork, as in its authors' code
         (github.com/AvivNavon/pareto-hypernetworks, revision 6355fd2); that code multiplies the weights, whose sum is
@@ -496,6 +495,11 @@ class ParetoSetModule(SingleNetworkModule):
             "objective_values": self._final_values,
             "metric_values": dict(self._final_metrics),
         }
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Let the checkpoint hold the accumulated gradient of all ranks, each of which has seen its own batches."""
+        super().on_save_checkpoint(checkpoint)
+        self.save_mean_gradients(checkpoint)
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Take up the state of a checkpoint."""

@@ -18,9 +18,9 @@ from torch.utils import _pytree as pytree
 
 from mtl_lightning.modules.base import LRSchedulerCallable, LRSchedulerInterval, MultiTaskModule, OptimizerCallable
 from mtl_lightning.modules.evaluation import PopulationEvaluation
-from mtl_lightning.modules.gradients import average_gradients, average_tensors
+from mtl_lightning.modules.gradients import average_gradients, average_tensors, mean_gradients
 from mtl_lightning.modules.scaling import ScaledSteps, gradient_scale
-from mtl_lightning.sharding import clip_gradient_norm, is_sharded, misplaced_units, reshard, shard_network
+from mtl_lightning.sharding import clip_gradient_norm, gathered, is_sharded, misplaced_units, reshard, shard_network
 from mtl_lightning.task import Task
 
 _EXTRA = "_extra_state"  # what torch calls it in a `state_dict`
@@ -375,6 +375,22 @@ class SingleNetworkModule(MultiTaskModule):
         states = checkpoint["extra_states"] if self.shards_network else checkpoint["state_dict"]
         found: dict[str, Any] = states[_EXTRA]
         return found
+
+    def save_mean_gradients(self, checkpoint: dict[str, Any]) -> bool:
+        """Let the checkpoint hold as ``gradients`` the means over the ranks, each of which has seen its own batches.
+
+        Returns:
+            Whether it does: whether gradients are being accumulated, on several ranks that write it together.
+        """
+        if not self._accumulated or not self.ranks_meet_in_checkpoint:
+            return False
+        parameters = dict(enumerate(self.parameters()))
+        gradients = {i: gathered(p.grad) for i, p in parameters.items() if is_sharded(p) and p.grad is not None}
+        whole = {index: parameter for index, parameter in parameters.items() if not is_sharded(parameter)}
+        means = mean_gradients(whole.values(), partial(self.reduced, operation="mean"))
+        gradients |= {index: mean for index, mean in zip(whole, means, strict=True) if mean is not None}
+        self.saved_extra_state(checkpoint)["gradients"] = gradients
+        return True
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take it up.

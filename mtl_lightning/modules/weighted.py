@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from math import isfinite
 from typing import Any, ClassVar
 
@@ -20,13 +19,12 @@ from mtl_lightning.modules.base import (
     OptimizerCallable,
     check_count,
 )
-from mtl_lightning.modules.gradients import mean_gradients
 from mtl_lightning.modules.health import TaskHealth
 from mtl_lightning.modules.scaling import gradient_scale
 from mtl_lightning.modules.single_network import SingleNetworkModule, zero_of
 from mtl_lightning.population import UserInputError
 from mtl_lightning.seeds import seed_generators
-from mtl_lightning.sharding import gathered, is_sharded, spread_like
+from mtl_lightning.sharding import spread_like
 from mtl_lightning.split_network import SplitNetwork, frozen_statistics
 from mtl_lightning.task import Task
 from mtl_lightning.weighting import Equal, LossWeighting
@@ -374,14 +372,7 @@ class WeightedModule(SingleNetworkModule):
         """Let the checkpoint hold the accumulated gradient of all ranks, each of which has seen its own batches."""
         self.finish_passes()
         super().on_save_checkpoint(checkpoint)
-        if not self._accumulated or not self.ranks_meet_in_checkpoint:
-            return
-        parameters = dict(enumerate(self.parameters()))
-        gradients = {i: gathered(p.grad) for i, p in parameters.items() if is_sharded(p) and p.grad is not None}
-        whole = {index: parameter for index, parameter in parameters.items() if not is_sharded(parameter)}
-        means = mean_gradients(whole.values(), partial(self.reduced, operation="mean"))
-        gradients |= {index: mean for index, mean in zip(whole, means, strict=True) if mean is not None}
-        self.saved_extra_state(checkpoint)["gradients"] = gradients
+        self.save_mean_gradients(checkpoint)
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Take up the state of a checkpoint."""

@@ -3,17 +3,39 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
-from mtl_lightning.modules import MultiTaskModule
-from tests.distributed.common import BATCHES, KINDS, SaveEachBatch, assert_close, finish, load, network
+from mtl_lightning.aggregation import UPGrad
+from mtl_lightning.modules import GradientModule, MultiTaskModule, ParetoSetModule
+from mtl_lightning.networks import MLP, MultiHeadNetwork, PreferenceConcatenation
+from mtl_lightning.preferences import simplex_lattice
+from tests.distributed.common import BATCHES, TARGETS, SaveEachBatch, assert_close, finish, load, network, tasks
+from tests.distributed.common import KINDS as SOME_KINDS
 from tests.distributed.ranks import ranked_trainer, run_ranks
 from tests.modules.common import trainer
 
 INSIDE = (2, BATCHES + 3)  # batches after which runs go on: after a step, and between the two batches of another
+
+
+def _gradient(**arguments: Any) -> GradientModule:
+    return GradientModule(network(), tasks(), partial(torch.optim.SGD, lr=0.05), aggregator=UPGrad(), **arguments)
+
+
+def _pareto_set(**arguments: Any) -> ParetoSetModule:
+    torch.manual_seed(0)
+    heads: dict[str, nn.Module] = {name: nn.Linear(8, 1) for name in TARGETS}
+    conditioned = PreferenceConcatenation(MultiHeadNetwork(MLP(7 + len(TARGETS), [8]), heads))
+    preferences = simplex_lattice(num_tasks=3, num_divisions=2)
+    return ParetoSetModule(conditioned, tasks(), preferences, partial(torch.optim.SGD, lr=0.05), **arguments)
+
+
+KINDS: dict[str, Callable[..., MultiTaskModule]] = SOME_KINDS | {"gradient": _gradient, "pareto_set": _pareto_set}
 
 
 def _make(name: str) -> MultiTaskModule:
