@@ -116,7 +116,7 @@ def test_the_command_line_takes_the_strategy(tmp_path: Path) -> None:
     one = fit(tmp_path / "one")
     two = fit(
         tmp_path / "two",
-        "--trainer.strategy=mtl_lightning.strategies.PopulationParallelStrategy",
+        "--trainer.strategy.class_path=mtl_lightning.strategies.PopulationParallelStrategy",
         "--trainer.strategy.init_args.process_group_backend=gloo",
         "--trainer.devices=2",
     )
