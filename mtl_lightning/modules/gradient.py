@@ -21,7 +21,7 @@ from mtl_lightning.modules.base import (
 )
 from mtl_lightning.modules.health import TaskHealth
 from mtl_lightning.modules.scaling import gradient_scale
-from mtl_lightning.modules.single_network import SingleNetworkModule, zero_of
+from mtl_lightning.modules.single_network import LabelledPart, SingleNetworkModule, zero_of
 from mtl_lightning.split_network import SplitNetwork
 from mtl_lightning.task import Task
 
@@ -146,18 +146,12 @@ class GradientModule(SingleNetworkModule):
         self._reached: Tensor | None = None
         self._ever_reached: Tensor | None = None
         self._has_overflowed = False
-        self._pending_gradients: dict[int, Tensor] | None = None
 
     # ------------------------------------------------------------------------------------------------------- training
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         """Add the gradients of the tasks of a batch; aggregate them and step the optimiser if it is time."""
-        inputs, targets = self.unpack_batch(batch)
-        counts = self.take_label_counts(targets)
-        totals = self.total_labels(counts)
-        known = {name: targets[name] for name, count in zip(self.task_names, counts, strict=True) if count}
-        part = _Part(inputs, known, self.label_shares(counts, totals))
-        present = [task for task, total in enumerate(totals) if total]
+        part, present = self.shared_part(batch)
         is_due = self.is_step_due()
         values: dict[str, Tensor] = {}
         if present and self.gradients == "parameters":
@@ -170,7 +164,7 @@ class GradientModule(SingleNetworkModule):
             self._log_training(values)
         self.finish_batch()
 
-    def _add_in_parameters(self, part: _Part, present: Sequence[int]) -> dict[str, Tensor]:
+    def _add_in_parameters(self, part: LabelledPart, present: Sequence[int]) -> dict[str, Tensor]:
         """Add the gradients of a batch to those of the step; return the losses, to be logged."""
         outputs = self(part.inputs)
         found = self._differentiate(outputs, part, present, self._shared(), self._rest())
@@ -179,7 +173,7 @@ class GradientModule(SingleNetworkModule):
         self._reached = reached if self._reached is None else self._reached | reached
         return found.losses
 
-    def _add_in_features(self, part: _Part, present: Sequence[int]) -> dict[str, Tensor]:
+    def _add_in_features(self, part: LabelledPart, present: Sequence[int]) -> dict[str, Tensor]:
         """Aggregate the gradients of a batch in the features, and add what the encoder makes of the result.
 
         Returns:
@@ -228,7 +222,7 @@ class GradientModule(SingleNetworkModule):
     def _differentiate(
         self,
         outputs: Mapping[str, Any],
-        part: _Part,
+        part: LabelledPart,
         present: Sequence[int],
         shared: Sequence[Tensor],
         rest: Sequence[nn.Parameter],
@@ -242,7 +236,7 @@ class GradientModule(SingleNetworkModule):
             shared: What the rows of the Jacobian are the gradients in.
             rest: What gets the sum of the gradients.
         """
-        own = self._own_losses(outputs, part)
+        own = self.own_losses(outputs, part)
         values = self.mean_over_labels(own, part.shares, present)
         losses = values.tolist()  # waits for the device
         finite = [task for task in present if isfinite(losses[task])]
@@ -305,13 +299,6 @@ class GradientModule(SingleNetworkModule):
                 continue
             part = gradient if self.accumulate_batches == 1 else gradient / self.accumulate_batches
             parameter.grad = part.detach() if parameter.grad is None else parameter.grad + part
-
-    def _own_losses(self, outputs: Mapping[str, Tensor], part: _Part) -> dict[int, Tensor]:
-        """Return the losses of the tasks with labels on this rank, by task."""
-        if not part.targets:
-            return {}
-        losses = self.checked_losses(outputs, part.targets)
-        return {self.task_names.index(name): loss for name, loss in losses.items()}
 
     def _scale(self) -> float:
         """Return by what losses are multiplied, so that small gradients do not vanish in half precision."""
@@ -465,11 +452,7 @@ class GradientModule(SingleNetworkModule):
         if self._pending_gradients is None:  # what a run that broke off has left belongs to gradients that are gone
             self._accumulated = 0
             self._forget_step()
-        else:
-            parameters = list(self.parameters())
-            for index, gradient in self._pending_gradients.items():
-                parameters[index].grad = gradient.to(parameters[index])
-            self._pending_gradients = None
+        self.take_up_gradients()
         # They were loaded before the module was moved.
         self._losses_of_step.load_state_dict(self._losses_of_step.state_dict(), self.device)
         if self._jacobian is not None:
@@ -478,10 +461,8 @@ class GradientModule(SingleNetworkModule):
 
     def get_extra_state(self) -> dict[str, Any]:
         """Return everything that decides how the run goes on and is not a parameter or a buffer."""
-        accumulated = enumerate(self.parameters()) if self._accumulated else ()
-        gradients = {index: p.grad for index, p in accumulated if p.grad is not None}
         return super().get_extra_state() | {
-            "gradients": gradients if self._pending_gradients is None else self._pending_gradients,
+            "gradients": self.accumulated_gradients(),
             "losses_of_step": self._losses_of_step.state_dict(),
             "jacobian": self._jacobian,
             "reached": self._reached,
@@ -507,15 +488,6 @@ class GradientModule(SingleNetworkModule):
         self._reached = state["reached"]
         self._ever_reached = state["ever_reached"]
         self._has_overflowed = state["has_overflowed"]
-
-
-@dataclass
-class _Part:
-    """What a batch holds of the tasks with labels on this rank."""
-
-    inputs: Any
-    targets: dict[str, Tensor]
-    shares: list[float]  # this rank's part in the mean over all labels, by task
 
 
 @dataclass

@@ -48,6 +48,16 @@ def mean_gradients(parameters: Iterable[nn.Parameter], reduce: Callable[[Tensor]
 
 
 @torch.no_grad()
+def average_statistics(network: nn.Module, reduce: Callable[[Tensor], Tensor]) -> None:
+    """Average the floating-point buffers of a network over the ranks, in place; every rank has to take part."""
+    buffers = [buffer for buffer in network.buffers() if buffer.is_floating_point()]
+    # In double precision, so that three times a third of a buffer that is the same on all ranks is that buffer.
+    means = [buffer.double() for buffer in buffers]
+    average_tensors(means, reduce)
+    for buffer, mean in zip(buffers, means, strict=True):
+        buffer.copy_(mean)
+
+
 def average_tensors(tensors: Iterable[Tensor], reduce: Callable[[Tensor], Tensor]) -> None:
     """Average tensors over the ranks, in place and in one piece per dtype; every rank has to take part.
 

@@ -26,7 +26,7 @@ from mtl_lightning.modules.base import (
 from mtl_lightning.modules.evaluation import PopulationEvaluation
 from mtl_lightning.modules.health import TaskHealth
 from mtl_lightning.modules.scaling import gradient_scale
-from mtl_lightning.modules.single_network import SingleNetworkModule, zero_of
+from mtl_lightning.modules.single_network import LabelledPart, SingleNetworkModule, zero_of
 from mtl_lightning.ordering import OrderingPenalty
 from mtl_lightning.population import UserInputError
 from mtl_lightning.preferences import check_preferences
@@ -190,7 +190,6 @@ class ParetoSetModule(SingleNetworkModule):
         self.health = TaskHealth(self.task_names, max_nonfinite, warns_of_nonpositive=False)
 
         self._losses_of_step = LossAverage(len(self.tasks))
-        self._pending_gradients: dict[int, Tensor] | None = None
         self._conditions: list[Any] = []
         self._final_values: Tensor | None = None
         self._final_metrics: dict[str, Tensor] = {}
@@ -293,12 +292,7 @@ class ParetoSetModule(SingleNetworkModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         """Add the gradient of the objectives of a batch, and step the optimiser if it is time."""
-        inputs, targets = self.unpack_batch(batch)
-        counts = self.take_label_counts(targets)
-        totals = self.total_labels(counts)
-        known = {name: targets[name] for name, count in zip(self.task_names, counts, strict=True) if count}
-        part = _Part(inputs, known, self.label_shares(counts, totals))
-        present = [task for task, total in enumerate(totals) if total]
+        part, present = self.shared_part(batch)
         is_due = self.is_step_due()
         if present:
             self._pass(part, present, batch_idx)
@@ -306,7 +300,7 @@ class ParetoSetModule(SingleNetworkModule):
             self._step()
         self.finish_batch()
 
-    def _pass(self, part: _Part, present: Sequence[int], batch_idx: int) -> None:
+    def _pass(self, part: LabelledPart, present: Sequence[int], batch_idx: int) -> None:
         """Add the gradient of the objectives of a batch, at the preferences that are drawn for it.
 
         Args:
@@ -328,13 +322,12 @@ class ParetoSetModule(SingleNetworkModule):
         self._losses_of_step.update(values, tasks)
         self._log_training(values, tasks, batch_idx)
 
-    def _own_losses(self, part: _Part, preference: Tensor) -> _Predicted:
+    def _own_losses(self, part: LabelledPart, preference: Tensor) -> _Predicted:
         """Return predictions for a preference, and the losses of the tasks with labels on this rank, by task."""
         outputs = self.network(part.inputs, preference)
-        losses = self.checked_losses(outputs, part.targets) if part.targets else {}
-        return _Predicted(outputs, {self.task_names.index(name): loss for name, loss in losses.items()})
+        return _Predicted(outputs, self.own_losses(outputs, part))
 
-    def _share(self, own: _Predicted, part: _Part, task: int) -> Tensor:
+    def _share(self, own: _Predicted, part: LabelledPart, task: int) -> Tensor:
         """Return this rank's part in the mean loss of a task over all labels, with its graph; zero without labels."""
         if task in own.losses:
             return own.losses[task] * part.shares[task]
@@ -476,20 +469,15 @@ class ParetoSetModule(SingleNetworkModule):
 
     def on_train_start(self) -> None:
         """Take up the gradients and sums that a checkpoint holds; Lightning zeroes gradients after loading."""
-        if self._pending_gradients is not None:
-            parameters = list(self.parameters())
-            for index, gradient in self._pending_gradients.items():
-                parameters[index].grad = gradient.to(parameters[index])
-            self._pending_gradients = None
+        self.take_up_gradients()
         # It was loaded before the module was moved.
         self._losses_of_step.load_state_dict(self._losses_of_step.state_dict(), self.device)
         super().on_train_start()
 
     def get_extra_state(self) -> dict[str, Any]:
         """Return everything that decides how the run goes on and is not a parameter or a buffer."""
-        accumulated = enumerate(self.parameters()) if self._accumulated else ()
         return super().get_extra_state() | {
-            "gradients": {index: p.grad for index, p in accumulated if p.grad is not None},
+            "gradients": self.accumulated_gradients(),
             "losses_of_step": self._losses_of_step.state_dict(),
             "preferences": self._preferences,
             "objective_values": self._final_values,
@@ -517,12 +505,3 @@ class _Predicted:
 
     outputs: Mapping[str, Any]
     losses: dict[int, Tensor]  # of the tasks with labels on this rank, with their graphs
-
-
-@dataclass
-class _Part:
-    """What a batch holds of the tasks with labels on this rank."""
-
-    inputs: Any
-    targets: dict[str, Tensor]
-    shares: list[float]  # this rank's part in the mean over all labels, by task

@@ -25,6 +25,7 @@ from mtl_lightning.modules.base import (
     OptimizerCallable,
 )
 from mtl_lightning.modules.evaluation import PopulationEvaluation
+from mtl_lightning.modules.gradients import average_statistics
 from mtl_lightning.modules.scaling import ScaledSteps
 from mtl_lightning.modules.waiting import meeting
 from mtl_lightning.population import Chunk, Compiler, Population, UserInputError
@@ -633,9 +634,7 @@ class PopulationModule(MultiTaskModule):
         if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
             self._heal()
         if self.data_world_size > 1:
-            for buffer in self.population.network.buffers():
-                if buffer.is_floating_point():
-                    buffer.copy_(self.reduced(buffer.clone(), "mean"))
+            average_statistics(self.population.network, partial(self.reduced, operation="mean"))
         self._evaluation.reset(self.population.size, self.device)
         self._evaluated = True
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
@@ -18,12 +19,35 @@ from torch.utils import _pytree as pytree
 
 from mtl_lightning.modules.base import LRSchedulerCallable, LRSchedulerInterval, MultiTaskModule, OptimizerCallable
 from mtl_lightning.modules.evaluation import PopulationEvaluation
-from mtl_lightning.modules.gradients import average_gradients, average_tensors, mean_gradients
+from mtl_lightning.modules.gradients import average_gradients, average_statistics, mean_gradients
 from mtl_lightning.modules.scaling import ScaledSteps, gradient_scale
-from mtl_lightning.sharding import clip_gradient_norm, gathered, is_sharded, misplaced_units, reshard, shard_network
+from mtl_lightning.sharding import (
+    clip_gradient_norm,
+    gathered,
+    is_sharded,
+    misplaced_units,
+    reshard,
+    shard_network,
+    spread_like,
+)
 from mtl_lightning.task import Task
 
 _EXTRA = "_extra_state"  # what torch calls it in a `state_dict`
+
+
+@dataclass
+class LabelledPart:
+    """What a batch holds of the tasks with labels on this rank.
+
+    Attributes:
+        inputs: What the network is called with.
+        targets: The targets of these tasks, by name.
+        shares: This rank's part in the mean over all labels, by task; see :meth:`SingleNetworkModule.label_shares`.
+    """
+
+    inputs: Any
+    targets: dict[str, Tensor]
+    shares: list[float]
 
 
 class SingleNetworkModule(MultiTaskModule):
@@ -86,6 +110,7 @@ class SingleNetworkModule(MultiTaskModule):
         self._evaluation = PopulationEvaluation(self.tasks, size=1)
         self._scaled_steps = ScaledSteps()
         self._counts_on_host: list[float] | None = None
+        self._pending_gradients: dict[int, Tensor] | None = None
 
     def forward(self, inputs: Any) -> dict[str, Tensor]:
         """Return the predictions, task name to tensor of shape ``(B, ...)``."""
@@ -184,6 +209,20 @@ class SingleNetworkModule(MultiTaskModule):
         self._counts_on_host = None
         return counts
 
+    def shared_part(self, batch: Any) -> tuple[LabelledPart, list[int]]:
+        """Return what the batch in training holds for this rank, and the tasks with labels on any; once a batch."""
+        inputs, targets = self.unpack_batch(batch)
+        counts = self.take_label_counts(targets)
+        totals = self.total_labels(counts)
+        known = {name: targets[name] for name, count in zip(self.task_names, counts, strict=True) if count}
+        part = LabelledPart(inputs, known, self.label_shares(counts, totals))
+        return part, [task for task, total in enumerate(totals) if total]
+
+    def own_losses(self, outputs: Mapping[str, Tensor], part: LabelledPart) -> dict[int, Tensor]:
+        """Return the losses of the tasks with labels on this rank, by task, each of shape ``()``."""
+        losses = self.checked_losses(outputs, part.targets) if part.targets else {}
+        return {self.task_names.index(name): loss for name, loss in losses.items()}
+
     def total_labels(self, counts: Sequence[float]) -> list[float]:
         """Return the number of labels of each task over all ranks."""
         if self.trainer.world_size == 1:
@@ -274,12 +313,7 @@ class SingleNetworkModule(MultiTaskModule):
     def on_validation_epoch_start(self) -> None:
         """Forget the last validation; see that no rank's own statistics are validated."""
         if self.trainer.world_size > 1:
-            # In double precision, so that three times a third of a buffer that is the same on all ranks is that buffer.
-            buffers = [buffer for buffer in self.network.buffers() if buffer.is_floating_point()]
-            means = [buffer.double() for buffer in buffers]
-            average_tensors(means, partial(self.reduced, operation="mean"))
-            for buffer, mean in zip(buffers, means, strict=True):
-                buffer.copy_(mean)
+            average_statistics(self.network, partial(self.reduced, operation="mean"))
         self._evaluation.reset(1, self.device)
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -375,6 +409,21 @@ class SingleNetworkModule(MultiTaskModule):
         states = checkpoint["extra_states"] if self.shards_network else checkpoint["state_dict"]
         found: dict[str, Any] = states[_EXTRA]
         return found
+
+    def accumulated_gradients(self) -> dict[int, Tensor]:
+        """Return the gradients that are being accumulated, by the place of the parameter, for the state of a run."""
+        if self._pending_gradients is not None:
+            return self._pending_gradients
+        accumulated = enumerate(self.parameters()) if self._accumulated else ()
+        return {index: parameter.grad for index, parameter in accumulated if parameter.grad is not None}
+
+    def take_up_gradients(self) -> None:
+        """Give the parameters the gradients that a checkpoint holds; Lightning zeroes gradients after loading."""
+        if self._pending_gradients is not None:
+            parameters = list(self.parameters())
+            for index, gradient in self._pending_gradients.items():
+                parameters[index].grad = spread_like(parameters[index], gradient.to(parameters[index]))
+            self._pending_gradients = None
 
     def save_mean_gradients(self, checkpoint: dict[str, Any]) -> bool:
         """Let the checkpoint hold as ``gradients`` the means over the ranks, each of which has seen its own batches.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from math import isfinite
 from typing import Any, ClassVar
 
@@ -21,10 +20,9 @@ from mtl_lightning.modules.base import (
 )
 from mtl_lightning.modules.health import TaskHealth
 from mtl_lightning.modules.scaling import gradient_scale
-from mtl_lightning.modules.single_network import SingleNetworkModule, zero_of
+from mtl_lightning.modules.single_network import LabelledPart, SingleNetworkModule, zero_of
 from mtl_lightning.population import UserInputError
 from mtl_lightning.seeds import seed_generators
-from mtl_lightning.sharding import spread_like
 from mtl_lightning.split_network import SplitNetwork, frozen_statistics
 from mtl_lightning.task import Task
 from mtl_lightning.weighting import Equal, LossWeighting
@@ -123,26 +121,21 @@ class WeightedModule(SingleNetworkModule):
         self.health = TaskHealth(self.task_names, max_nonfinite, warns_of_nonpositive=False)
         self._layer = self._shared_layer() if self.weighting.needs_gradient_norms else []
         self._losses_of_step = LossAverage(len(self.tasks))
-        self._pending_gradients: dict[int, Tensor] | None = None
 
     # ------------------------------------------------------------------------------------------------------- training
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         """Add the gradient of the objective of a batch, and step the optimiser if it is time."""
-        inputs, targets = self.unpack_batch(batch)
-        counts = self.take_label_counts(targets)
-        totals = self.total_labels(counts)
-        known = {name: targets[name] for name, count in zip(self.task_names, counts, strict=True) if count}
-        part = _Part(inputs, known, self.label_shares(counts, totals))
+        part, present = self.shared_part(batch)
         is_due = self.is_step_due()
-        losses = self._pass(part, [task for task, total in enumerate(totals) if total], is_due, batch_idx)
+        losses = self._pass(part, present, is_due, batch_idx)
         if is_due and self._losses_of_step.tasks:
             self._step(part, losses)
         if self.trainer.is_last_batch:
             self.weighting.end_epoch()
         self.finish_batch()
 
-    def _pass(self, part: _Part, present: Sequence[int], is_due: bool, batch_idx: int) -> dict[int, Tensor]:
+    def _pass(self, part: LabelledPart, present: Sequence[int], is_due: bool, batch_idx: int) -> dict[int, Tensor]:
         """Add the gradient of the objective of a batch; return the losses over all labels and ranks, by task.
 
         Args:
@@ -156,7 +149,7 @@ class WeightedModule(SingleNetworkModule):
         if self.weighting.needs_losses_after_step:
             seed_generators(self.batch_seed(), self.device)
         outputs = self(part.inputs)
-        own = self._own_losses(outputs, part)
+        own = self.own_losses(outputs, part)
         values = self.mean_over_labels(own, part.shares, present)
         tasks = self._healthy(values, present)
         if not tasks:
@@ -197,7 +190,7 @@ class WeightedModule(SingleNetworkModule):
         self,
         outputs: Mapping[str, Any],
         own: Mapping[int, Tensor],
-        part: _Part,
+        part: LabelledPart,
         slopes: Mapping[int, Tensor],
         price: Tensor,
     ) -> None:
@@ -212,15 +205,8 @@ class WeightedModule(SingleNetworkModule):
             with self.unsynchronised():
                 self.manual_backward(objective / self.accumulate_batches)
 
-    def _own_losses(self, outputs: Mapping[str, Tensor], part: _Part) -> dict[int, Tensor]:
-        """Return the losses of the tasks with labels on this rank, by task."""
-        if not part.targets:
-            return {}
-        losses = self.checked_losses(outputs, part.targets)
-        return {self.task_names.index(name): loss for name, loss in losses.items()}
-
     @torch.no_grad()
-    def _indicators(self, outputs: Mapping[str, Tensor], part: _Part, tasks: Sequence[int]) -> Tensor:
+    def _indicators(self, outputs: Mapping[str, Tensor], part: LabelledPart, tasks: Sequence[int]) -> Tensor:
         """Return what the weighting's indicators say of the batch over all labels, shape ``(T,)``; NaN without any.
 
         Raises:
@@ -242,7 +228,7 @@ class WeightedModule(SingleNetworkModule):
         return self.mean_over_labels(own, part.shares, named)
 
     def _gradient_norms(
-        self, outputs: Mapping[str, Any], own: Mapping[int, Tensor], part: _Part, tasks: Sequence[int]
+        self, outputs: Mapping[str, Any], own: Mapping[int, Tensor], part: LabelledPart, tasks: Sequence[int]
     ) -> Tensor:
         """Return the norms of the gradients of the mean losses over all labels in the shared layer, shape ``(T',)``."""
         # As in the backward pass, small gradients would vanish in half precision.
@@ -283,7 +269,7 @@ class WeightedModule(SingleNetworkModule):
             )
         return shared[-1:]
 
-    def _step(self, part: _Part, before: Mapping[int, Tensor]) -> None:
+    def _step(self, part: LabelledPart, before: Mapping[int, Tensor]) -> None:
         """Step the optimiser, and let the weighting learn from the step."""
         self.finish_passes()
         self.average_over_ranks(self.trained_parameters())
@@ -297,13 +283,13 @@ class WeightedModule(SingleNetworkModule):
         self._steps += 1
         self.step_schedulers("step")
 
-    def _losses_after_step(self, part: _Part, tasks: Sequence[int]) -> Tensor:
+    def _losses_after_step(self, part: LabelledPart, tasks: Sequence[int]) -> Tensor:
         """Return the losses of the batch once more, with the same random numbers, shape ``(T',)``."""
         seed_generators(self.batch_seed(), self.device)
         torch.clear_autocast_cache()  # within one autocast region it keeps the weights of before the step
         with torch.no_grad(), frozen_statistics(self.network.modules()):
             outputs = self(part.inputs)
-            own = self._own_losses(outputs, part)
+            own = self.own_losses(outputs, part)
         return self.mean_over_labels(own, part.shares, tasks)[list(tasks)]
 
     def _log_training(self, losses: Mapping[int, Tensor], slopes: Mapping[int, Tensor], batch_idx: int) -> None:
@@ -351,20 +337,15 @@ class WeightedModule(SingleNetworkModule):
 
     def on_train_start(self) -> None:
         """Take up the gradients and sums that a checkpoint holds; Lightning zeroes gradients after loading."""
-        if self._pending_gradients is not None:
-            parameters = list(self.parameters())
-            for index, gradient in self._pending_gradients.items():
-                parameters[index].grad = spread_like(parameters[index], gradient.to(parameters[index]))
-            self._pending_gradients = None
+        self.take_up_gradients()
         # It was loaded before the module was moved.
         self._losses_of_step.load_state_dict(self._losses_of_step.state_dict(), self.device)
         super().on_train_start()
 
     def get_extra_state(self) -> dict[str, Any]:
         """Return everything that decides how the run goes on and is not a parameter or a buffer."""
-        accumulated = ((index, p.grad) for index, p in enumerate(self.parameters()) if p.grad is not None)
         return super().get_extra_state() | {
-            "gradients": dict(accumulated) if self._accumulated else {},
+            "gradients": self.accumulated_gradients(),
             "losses_of_step": self._losses_of_step.state_dict(),
         }
 
@@ -379,12 +360,3 @@ class WeightedModule(SingleNetworkModule):
         super().set_extra_state(state)
         self._pending_gradients = state["gradients"]
         self._losses_of_step.load_state_dict(state["losses_of_step"], self.device)
-
-
-@dataclass
-class _Part:
-    """What a batch holds of the tasks with labels on this rank."""
-
-    inputs: Any
-    targets: dict[str, Tensor]
-    shares: list[float]  # this rank's part in the mean over all labels, by task

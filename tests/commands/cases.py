@@ -45,8 +45,8 @@ class WatchedDigits(MultiDigitsDataModule):
 class OnePerTask(WeightedModule):
     """Takes the gradient of each task by ``torch.autograd.grad`` before the step."""
 
-    def _own_losses(self, outputs: Any, part: Any) -> dict[int, Tensor]:
-        own = super()._own_losses(outputs, part)
+    def own_losses(self, outputs: Any, part: Any) -> dict[int, Tensor]:
+        own = super().own_losses(outputs, part)
         first = next(self.network.parameters())
         for loss in own.values():
             torch.autograd.grad(loss, first, retain_graph=True)

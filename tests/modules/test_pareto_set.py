@@ -886,3 +886,15 @@ def test_constructor_refuses(arguments: dict[str, Any], match: str) -> None:
 def test_constructor_refuses_kinds(argument: str, value: Any) -> None:
     with pytest.raises(TypeError, match=f"`{argument}` should"):
         pareto_set(**{argument: value})
+
+
+def test_gradients_of_a_checkpoint_are_saved_once_more_before_they_are_taken_up(tmp_path: Path) -> None:
+    save = SaveAfterEachBatch(tmp_path)
+    trainer([save]).fit(pareto_set(accumulate_batches=2), batches())
+    state = torch.load(save.paths[0], weights_only=True)["state_dict"]
+    assert state["_extra_state"]["gradients"]
+    module = pareto_set(accumulate_batches=2)
+    module.load_state_dict(state)
+    found = module.get_extra_state()["gradients"]
+    assert found.keys() == state["_extra_state"]["gradients"].keys()
+    assert all(torch.equal(found[index], gradient) for index, gradient in state["_extra_state"]["gradients"].items())

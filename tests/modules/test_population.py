@@ -19,6 +19,7 @@ from mtl_lightning.mgda import MGDA
 from mtl_lightning.modules import GradientPopulationModule, MT2OModule
 from mtl_lightning.preferences import simplex_lattice
 from mtl_lightning.transfer import AdvantageTransfer, TransferContext
+from tests.distributed.ranks import ranked_trainer, run_ranks
 from tests.modules.common import (
     Interleaved,
     Position,
@@ -211,3 +212,18 @@ def test_a_model_picked_in_a_validation_can_be_trained(build: Any) -> None:
     (callback.picked(inputs)["a"] - targets["a"]).square().mean().backward()
     assert all(parameter.grad is not None for parameter in callback.picked.encoder.parameters())
     trainer().fit(module, batches())
+
+
+def _validate_constants() -> None:
+    net = network()
+    for name, dtype in (("single", torch.float32), ("coarse", torch.bfloat16)):
+        net.register_buffer(name, torch.linspace(-3, 3, 1001).to(dtype))
+    module = mt2o(network=net)
+    before = {name: buffer.clone() for name, buffer in module.population.network.named_buffers()}
+    ranked_trainer(world_size=3, use_distributed_sampler=False).validate(module, batches(), verbose=False)
+    for name, buffer in module.population.network.named_buffers():
+        assert torch.equal(buffer, before[name]), name
+
+
+def test_buffers_that_are_equal_on_three_ranks_are_left_as_they_are(tmp_path: Path) -> None:
+    run_ranks(_validate_constants, world_size=3, folder=tmp_path, limit=60)

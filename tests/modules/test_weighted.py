@@ -723,3 +723,15 @@ def test_gradnorm_takes_a_named_layer_of_any_network() -> None:
 def test_trainer_flags_that_do_not_reach_are_refused(flags: dict[str, Any], match: str) -> None:
     with pytest.raises(MisconfigurationException, match=match):
         trainer(**flags).fit(weighted(), batches())
+
+
+def test_gradients_of_a_checkpoint_are_saved_once_more_before_they_are_taken_up(tmp_path: Path) -> None:
+    save = SaveAfterEachBatch(tmp_path)
+    trainer([save]).fit(weighted(accumulate_batches=2), Position(batches()))
+    state = torch.load(save.paths[0], weights_only=True)["state_dict"]["_extra_state"]
+    assert state["gradients"]
+    module = weighted(accumulate_batches=2)
+    module.load_state_dict(torch.load(save.paths[0], weights_only=True)["state_dict"])
+    found = module.get_extra_state()["gradients"]
+    assert found.keys() == state["gradients"].keys()
+    assert all(torch.equal(found[index], gradient) for index, gradient in state["gradients"].items())
