@@ -58,6 +58,7 @@ def average_statistics(network: nn.Module, reduce: Callable[[Tensor], Tensor]) -
         buffer.copy_(mean)
 
 
+@torch.no_grad()
 def average_tensors(tensors: Iterable[Tensor], reduce: Callable[[Tensor], Tensor]) -> None:
     """Average tensors over the ranks, in place and in one piece per dtype; every rank has to take part.
 
