@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from mtl_lightning.devices import may_be_any
 from mtl_lightning.population import Population
 from mtl_lightning.population_shards import RowExchange, Shards
 
@@ -44,15 +45,16 @@ class Mixing:
         self.exchange = RowExchange(shards, givers)
         self._held = torch.tensor(self.exchange.held, dtype=torch.long, device=device)
         self._own = torch.arange(shards.own.start, shards.own.stop, device=device)
-        self._slots: list[tuple[Tensor, Tensor, Tensor]] | None = None
+        self._sources: tuple[Tensor, Tensor, Tensor] | None = None
         if givers is not None:
-            self._slots = [tuple(part.to(device) for part in slot) for slot in self._find_slots(givers)]  # type: ignore[misc]
+            heard, places, is_heard = self._find_sources(givers)
+            self._sources = (heard.to(device), places.to(device), is_heard.to(device))
         self._started = False
 
     def start(self) -> None:
         """Send off the parameters; they must not change before :meth:`step`."""
         theta = self.population.theta.detach()
-        self.exchange.start(theta if self._slots is None else self._picked(theta))
+        self.exchange.start(theta if self._sources is None else self._picked(theta))
         self._started = True
 
     @torch.no_grad()
@@ -76,7 +78,7 @@ class Mixing:
             matrix: ``M``, shape ``(P, P)``; its rows sum to one.
             healthy: Shape ``(P,)``, bool. The rows of the others may hold NaN; ``M`` gives them no weight.
         """
-        rows = self._picked(rows) if self._slots is None else rows
+        rows = self._picked(rows) if self._sources is None else rows
         mixed = self._product(rows, self._weights(matrix, healthy), healthy)
         theta = self.population.theta
         if mixed.shape[1] == theta.shape[1]:
@@ -118,37 +120,43 @@ class Mixing:
         return mixing.masked_fill(~healthy.unsqueeze(1), 0.0)[self.shards.members]
 
     def _product(self, rows: Tensor, weights: Tensor, healthy: Tensor) -> Tensor:
-        # NaN times zero is NaN: the rows without weight are replaced before the product.
-        rows = rows.masked_fill(~healthy[self._held].unsqueeze(1), 0.0)
-        weights = weights.to(rows.dtype)
-        if self._slots is None:
+        weights, some_are_sick = weights.to(rows.dtype), may_be_any(~healthy)
+        # NaN times zero is NaN, so that no weight is not enough to keep a sick row out.
+        if self._sources is None:
+            if some_are_sick:
+                rows = rows.masked_fill(~healthy[self._held].unsqueeze(1), 0.0)
             return weights @ rows
-        product = torch.zeros(len(self._own), rows.shape[1], dtype=rows.dtype, device=rows.device)
-        for givers, places, is_used in self._slots:
-            share = torch.where(is_used, weights.gather(1, givers.unsqueeze(1)).squeeze(1), 0.0)
-            product.addcmul_(share.unsqueeze(1), rows[places])
+        heard, places, is_heard = self._sources
+        is_heard = is_heard & healthy[heard]  # who is not heard is replaced by the listener, without weight
+        product = nn.functional.embedding_bag(  # one pass over the rows; every bag is summed up in its order
+            torch.where(is_heard, places, places[:, :1]),
+            rows,
+            per_sample_weights=torch.where(is_heard, weights.gather(1, heard), 0.0),
+            mode="sum",
+        )
+        if some_are_sick:
+            product.masked_fill_(~healthy[heard[:, :1]], 0.0)
         return product
 
-    def _find_slots(self, givers: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Return, for each summand, whom every subproblem hears of in it, where that row is, and whether it counts.
+    def _find_sources(self, givers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return whom every subproblem hears of, where that row is, and whether it counts, each of shape ``(p, K)``.
 
         Everyone hears of itself first, then of its givers in their order; who has fewer than others hears of itself,
         without weight.
         """
-        given = [
+        lists = [
             [index, *(giver for giver in givers[index].nonzero().flatten().tolist() if giver != index)]
             for index in range(self.shards.size)
         ]
+        length = max(map(len, lists))
+        own = [lists[index] for index in self.shards.own]
+        heard = [some + some[:1] * (length - len(some)) for some in own]
         places = {index: place for place, index in enumerate(self.exchange.held)}
-        slots = []
-        for number in range(max(map(len, given))):
-            chosen = [given[index][number] if number < len(given[index]) else index for index in self.shards.own]
-            used = [number < len(given[index]) for index in self.shards.own]
-            slots.append(
-                (
-                    torch.tensor(chosen, dtype=torch.long),
-                    torch.tensor([places[index] for index in chosen], dtype=torch.long),
-                    torch.tensor(used, dtype=torch.bool),
-                )
-            )
-        return slots
+        shape = (len(own), length)
+        return (
+            torch.tensor(heard, dtype=torch.long).view(shape),
+            torch.tensor([[places[index] for index in some] for some in heard], dtype=torch.long).view(shape),
+            torch.tensor([[place < len(some) for place in range(length)] for some in own], dtype=torch.bool).view(
+                shape
+            ),
+        )

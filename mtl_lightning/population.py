@@ -11,10 +11,12 @@ from __future__ import annotations
 import copy
 import itertools
 import logging
+import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -123,6 +125,7 @@ class Population(nn.Module):
         self._chosen: Backend = "loop" if backend == "auto" else backend
 
         self.network = copy.deepcopy(network)
+        self._layers = tuple(self.network.modules())  # to go through them takes longer than a small layer
         self._slots, self._num_columns = _find_slots(self.network)
         copies = [self.network] * size
         if init == "independent":
@@ -194,7 +197,7 @@ class Population(nn.Module):
                     if id(buffer) not in own:
                         own[id(buffer)] = pick(buffer).clone()
                     module._buffers[name] = own[id(buffer)]
-        _refresh_recurrent(member)
+        _refresh_recurrent(member.modules())
         return member
 
     # ------------------------------------------------------------------------------------------------- evaluation
@@ -217,7 +220,7 @@ class Population(nn.Module):
         Raises:
             RuntimeError: If vmap is the backend and cannot run the network or ``function``.
         """
-        return self._run(self.theta, slice(None), function, inputs, targets, per_subproblem)
+        return self._run(self._pieces(self.theta), slice(None), function, inputs, targets, per_subproblem)
 
     def chunks(self) -> Iterator[Chunk]:
         """Yield the subproblems in parts that share one backward pass: one at a time, or ``chunk_size`` under vmap.
@@ -236,16 +239,21 @@ class Population(nn.Module):
         """Time both backends on one batch and keep the faster; return its name.
 
         Nothing changes but the choice: gradients, buffers and random state are put back. Does nothing unless
-        ``backend`` is ``"auto"``. A network that vmap cannot run falls to the loop, with a line in the log.
+        ``backend`` is ``"auto"``. A network that vmap cannot run falls to the loop, with a line in the log. Another
+        line tells the choice, the times and the memory that the graph of a backward pass holds. All takes about as long
+        as two to four steps: the loop is timed on a few subproblems, vmap once more than to warm up, or up to three
+        times where the two are close.
         """
         if self.backend != "auto" or self.size == 1:
             self._chosen = "loop" if self.backend == "auto" else self.backend
             return self._chosen
         seconds: dict[Backend, float] = {}
+        memory: dict[Backend, int] = {}
         for backend in ("loop", "vmap"):
             self._chosen = backend
             try:
-                seconds[backend] = self._time(function, inputs, targets, per_subproblem)
+                memory[backend] = self._measure(function, inputs, targets, per_subproblem)
+                seconds[backend] = self._time(function, inputs, targets, per_subproblem, seconds.get("loop"))
             except torch.OutOfMemoryError:
                 if backend == "loop":
                     raise
@@ -256,10 +264,13 @@ class Population(nn.Module):
                 _log.warning("vmap cannot run this network, so the loop is used: %s", error.__cause__ or error)
         self._chosen = min(seconds, key=seconds.__getitem__)
         _log.info(
-            "Backend %r for %d subproblems (%s per forward and backward).",
+            "Backend %r for %d subproblems (forward and backward: %s).",
             self._chosen,
             self.size,
-            ", ".join(f"{name} {1e3 * value:.1f} ms" for name, value in seconds.items()),
+            ", ".join(
+                f"{name} {1e3 * value:.1f} ms with a graph of {memory[name] / 2**20:.1f} MiB"
+                for name, value in seconds.items()
+            ),
         )
         return self._chosen
 
@@ -343,7 +354,7 @@ class Population(nn.Module):
         for slot in self._slots:
             for owner, name in slot.owners:
                 owner._parameters[name] = None
-        _refresh_recurrent(self.network)
+        _refresh_recurrent(self._layers)
 
     def _row_stops(self) -> list[int]:
         return [*(slot.start for slot in self._slots[1:]), self._num_columns]
@@ -367,24 +378,44 @@ class Population(nn.Module):
                         stacked[id(buffer)] = (buffer, torch.stack([member[key] for member in values]))
                     module._buffers[name] = stacked[id(buffer)][1]
 
+    def _pieces(self, rows: Tensor) -> list[Tensor]:
+        """Return the parameters that ``rows``, shape ``(p, D)``, consist of, each ``(p, ...)``."""
+        pieces = torch.split(rows, self._split_sizes, dim=1)[::2]  # every second piece is padding
+        return [piece.view(len(rows), *slot.shape) for slot, piece in zip(self._slots, pieces, strict=True)]
+
+    def _leaves(self, members: slice) -> list[Tensor]:
+        """Return the parameters of some subproblems as leaves whose gradients are added to ``theta.grad``.
+
+        Slices of ``theta`` would each send back a gradient of the full size, zero but for the slice.
+        """
+        assert self.theta.grad is not None
+        rows = self.theta.detach()[members]
+        leaves = self._pieces(rows)
+        is_single = len(rows) == 1
+        for leaf, gradient in zip(leaves, self._pieces(self.theta.grad[members]), strict=True):
+            leaf.requires_grad_()
+            if is_single:
+                leaf.grad = gradient
+            else:  # likewise, but torch warns of a `grad` with such strides
+                leaf.register_post_accumulate_grad_hook(partial(_hand_over, gradient))  # type: ignore[no-untyped-call]
+        return leaves
+
     def _buffer_slots(self) -> list[tuple[nn.Module, str, Tensor]]:
         return [
             (module, name, buffer)
-            for module in self.network.modules()
+            for module in self._layers
             for name, buffer in module._buffers.items()
             if buffer is not None
         ]
 
-    def _call(self, row: Tensor, buffers: Sequence[Tensor], inputs: Any) -> tuple[Any, list[Tensor]]:
-        """Return the output of the network with one row as its parameters, and its buffers afterwards."""
+    def _call(self, values: Sequence[Tensor], buffers: Sequence[Tensor], inputs: Any) -> tuple[Any, list[Tensor]]:
+        """Return the output of the network with these parameters of one subproblem, and its buffers afterwards."""
         slots, absent = self._buffer_slots(), self._absent_buffers()
-        pieces = torch.split(row, self._split_sizes)[::2]  # every second piece is padding
         try:
-            for slot, piece in zip(self._slots, pieces, strict=True):
-                value = piece.view(slot.shape)
+            for slot, value in zip(self._slots, values, strict=True):
                 for owner, name in slot.owners:
                     owner._parameters[name] = value  # type: ignore[assignment]  # as in torch.func
-            _refresh_recurrent(self.network)
+            _refresh_recurrent(self._layers)
             for (module, name, _), buffer in zip(slots, buffers, strict=True):
                 module._buffers[name] = buffer
             outputs = self.network(inputs)
@@ -398,16 +429,11 @@ class Population(nn.Module):
                 module._buffers[name] = None
 
     def _absent_buffers(self) -> list[tuple[nn.Module, str]]:
-        return [
-            (module, name)
-            for module in self.network.modules()
-            for name, buffer in module._buffers.items()
-            if buffer is None
-        ]
+        return [(module, name) for module in self._layers for name, buffer in module._buffers.items() if buffer is None]
 
     def _run(
         self,
-        rows: Tensor,
+        values: list[Tensor],
         members: slice,
         function: Callable[[Any, Any], Any],
         inputs: Any,
@@ -419,7 +445,7 @@ class Population(nn.Module):
 
         if self._chosen == "vmap":
             try:
-                results, updated = self._run_stacked(rows, buffers, function, inputs, targets, per_subproblem)
+                results, updated = self._run_stacked(values, buffers, function, inputs, targets, per_subproblem)
             except UserInputError:
                 raise
             except (RuntimeError, ValueError, NotImplementedError) as error:
@@ -431,7 +457,7 @@ class Population(nn.Module):
             return results
 
         collected = []
-        for index, row in enumerate(rows.unbind(0)):
+        for index, row in enumerate(zip(*map(_rows, values), strict=True)):
             own = [buffer[index] for buffer in buffers]
             mine, target = inputs, targets
             if per_subproblem:
@@ -446,7 +472,7 @@ class Population(nn.Module):
 
     def _run_stacked(
         self,
-        rows: Tensor,
+        values: list[Tensor],
         buffers: list[Tensor],
         function: Callable[[Any, Any], Any],
         inputs: Any,
@@ -457,20 +483,22 @@ class Population(nn.Module):
         in_dims = (0, 0 if buffers else None, *batched)
         if self.compiler is None:
 
-            def one(row: Tensor, own: Sequence[Tensor], inputs: Any, targets: Any) -> tuple[Any, list[Tensor]]:
+            def one(
+                row: Sequence[Tensor], own: Sequence[Tensor], inputs: Any, targets: Any
+            ) -> tuple[Any, list[Tensor]]:
                 outputs, updated = self._call(row, own, inputs)
                 return function(outputs, targets), updated
 
-            return torch.vmap(one, in_dims=in_dims, randomness="different")(rows, buffers, inputs, targets)
+            return torch.vmap(one, in_dims=in_dims, randomness="different")(values, buffers, inputs, targets)
 
         # Losses are the user's, who may do in them what a compiler cannot follow.
-        def network(rows: Tensor, buffers: list[Tensor], inputs: Any) -> tuple[Any, list[Tensor]]:
+        def network(values: list[Tensor], buffers: list[Tensor], inputs: Any) -> tuple[Any, list[Tensor]]:
             dims = (0, 0 if buffers else None, _dimensions(inputs) if per_subproblem else None)
-            return torch.vmap(self._call, in_dims=dims, randomness="different")(rows, buffers, inputs)
+            return torch.vmap(self._call, in_dims=dims, randomness="different")(values, buffers, inputs)
 
         if "vmap" not in self._compiled:
             self._compiled["vmap"] = self.compiler(network)
-        outputs, updated = self._compiled["vmap"](rows, buffers, inputs)
+        outputs, updated = self._compiled["vmap"](values, buffers, inputs)
         return torch.vmap(function, in_dims=(0, in_dims[-1]))(outputs, targets), updated
 
     def _call_one(self) -> Callable[..., Any]:
@@ -493,20 +521,56 @@ class Population(nn.Module):
             f"`backend='auto'`, which falls to it. Found: {str(error).splitlines()[0]}"
         ) from error
 
+    def _measure(self, function: Callable[[Any, Any], Tensor], inputs: Any, targets: Any, per_subproblem: bool) -> int:
+        """Return the bytes that the graph of one chunk holds beyond parameters and inputs; this warms up, too."""
+        held: dict[int, int] = {}
+        given = [self.theta, *(leaf for leaf in pytree.tree_leaves((inputs, targets)) if isinstance(leaf, Tensor))]
+
+        def keep(tensor: Tensor) -> Tensor:
+            if tensor.layout is torch.strided:
+                storage = tensor.untyped_storage()
+                held[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with self._rehearsed():
+            for chunk in itertools.islice(self.chunks(), 1):
+                with torch.autograd.graph.saved_tensors_hooks(keep, _unchanged):
+                    losses = chunk.evaluate(function, inputs, targets, per_subproblem)
+                losses.sum().backward()
+        known = {tensor.untyped_storage().data_ptr() for tensor in given if tensor.layout is torch.strided}
+        return sum(size for place, size in held.items() if place not in known)
+
     def _time(
-        self, function: Callable[[Any, Any], Tensor], inputs: Any, targets: Any, per_subproblem: bool, repeats: int = 3
+        self,
+        function: Callable[[Any, Any], Tensor],
+        inputs: Any,
+        targets: Any,
+        per_subproblem: bool,
+        other: float | None,
+        repeats: int = 3,
     ) -> float:
-        devices = [self.theta.device] if self.theta.device.type == "cuda" else []
-        seconds = []
-        with torch.random.fork_rng(devices=devices), self._preserved(), torch.enable_grad():
-            for _ in range(repeats + 1):  # the first pass warms up
+        """Return the seconds of a pass over all subproblems; once only if they are far from those of the ``other``."""
+        number = -(-self.size // min(self.size, 4)) if self._chosen == "loop" else 1
+        best = math.inf
+        with self._rehearsed():
+            for _ in range(repeats):
                 _synchronize(self.theta.device)
-                start = time.perf_counter()
-                for chunk in self.chunks():
+                start, members = time.perf_counter(), 0
+                for chunk in itertools.islice(self.chunks(), 0, None, number):  # in the loop one is like the other
                     chunk.evaluate(function, inputs, targets, per_subproblem).sum().backward()
+                    members += len(range(self.size)[chunk.members])
                 _synchronize(self.theta.device)
-                seconds.append(time.perf_counter() - start)
-        return min(seconds[1:])
+                best = min(best, (time.perf_counter() - start) * self.size / members)
+                if other is not None and not 2 / 3 < best / other < 3 / 2:
+                    break
+        return best
+
+    @contextmanager
+    def _rehearsed(self) -> Iterator[None]:
+        """Put back gradients, buffers and random state."""
+        devices = [self.theta.device] if self.theta.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices), self._preserved(), torch.enable_grad():
+            yield
 
     @contextmanager
     def _preserved(self) -> Iterator[None]:
@@ -521,7 +585,7 @@ class Population(nn.Module):
 
 
 class Chunk:
-    """Some subproblems of a population, as one leaf of the autograd graph.
+    """Some subproblems of a population, with leaves of the autograd graph of their own.
 
     ``backward`` on anything computed from :meth:`evaluate` adds to these rows of ``theta.grad``.
     """
@@ -529,10 +593,7 @@ class Chunk:
     def __init__(self, population: Population, members: slice) -> None:
         self.members = members
         self._population = population
-        assert population.theta.grad is not None
-        # A leaf of its own: a slice of `theta` would send back a zero gradient of the full size from every chunk.
-        self._rows = population.theta.detach()[members].requires_grad_()
-        self._rows.grad = population.theta.grad[members]
+        self._values = population._leaves(members)
 
     def evaluate(
         self, function: Callable[[Any, Any], Any], inputs: Any, targets: Any, per_subproblem: bool = False
@@ -540,7 +601,7 @@ class Chunk:
         """Return ``function(network(inputs), targets)`` of these subproblems, stacked; see ``Population.evaluate``."""
         if per_subproblem:
             inputs, targets = _sliced((inputs, targets), self.members)
-        return self._population._run(self._rows, self.members, function, inputs, targets, per_subproblem)
+        return self._population._run(self._values, self.members, function, inputs, targets, per_subproblem)
 
 
 class UserInputError(ValueError):
@@ -558,6 +619,21 @@ def _replace_rows(module: nn.Module, name: str, rows: int | slice, new: Tensor) 
     buffer = buffer.clone()
     buffer[rows] = new.detach()
     module._buffers[name] = buffer
+
+
+def _unchanged(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _hand_over(gradient: Tensor, leaf: Tensor) -> None:
+    assert leaf.grad is not None
+    gradient.add_(leaf.grad)
+    leaf.grad = None
+
+
+def _rows(value: Tensor) -> tuple[Tensor, ...]:
+    # The gradient of a single row is a view; `unbind` would copy it.
+    return (value.squeeze(0),) if len(value) == 1 else value.unbind(0)
 
 
 def _identity(outputs: Any, _: Any) -> Any:
@@ -604,9 +680,9 @@ def _find_slots(network: nn.Module) -> tuple[tuple[_Slot, ...], int]:
     return slots, starts[-1]
 
 
-def _refresh_recurrent(network: nn.Module) -> None:
+def _refresh_recurrent(layers: Iterable[nn.Module]) -> None:
     # Recurrent layers hold their weights a second time, in a list that does not notice new ones.
-    for module in network.modules():
+    for module in layers:
         if isinstance(module, nn.RNNBase):
             module._flat_weights = [getattr(module, name, None) for name in module._flat_weights_names]
 

@@ -1,6 +1,7 @@
 import copy
 import io
 import logging
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -179,6 +180,10 @@ class _Masked(nn.Module):
 
 def _sum(outputs: Tensor, _: Any) -> Tensor:
     return outputs.square().sum()
+
+
+def _plain_sum(outputs: Tensor, _: Any) -> Tensor:
+    return outputs.sum()
 
 
 # -------------------------------------------------------------------------------------------------- numbers
@@ -1018,6 +1023,43 @@ def test_the_choice_is_active() -> None:
     chosen = population.choose_backend(_sum, torch.ones(2, 3), None)
     assert chosen in ("vmap", "loop")
     assert population.active_backend == chosen
+
+
+def test_the_choice_is_told_with_times_and_memory(caplog: pytest.LogCaptureFixture) -> None:
+    network = nn.Sequential(nn.Linear(3, 40, bias=False), nn.Tanh(), nn.Linear(40, 2, bias=False))
+    population = Population(network, 6)
+    with caplog.at_level(logging.INFO, logger="mtl_lightning.population"):
+        chosen = population.choose_backend(_plain_sum, torch.randn(1000, 3), None)
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith(f"Backend {chosen!r} for 6 subproblems")
+    # What the graph keeps is the output of the hyperbolic tangent: of one subproblem, and of six.
+    kept = 1000 * 40 * 4 / 2**20
+    found = re.findall(r"ms with a graph of ([\d.]+) MiB", line)
+    assert found == [f"{kept:.1f}", f"{6 * kept:.1f}"]
+
+
+def test_the_choice_is_made_among_compiled_ones() -> None:
+    population = Population(nn.Linear(3, 2), 3, compiler=partial(torch.compile, backend="aot_eager"))
+    assert population.choose_backend(_sum, torch.randn(6, 3), None) in ("vmap", "loop")
+
+
+@pytest.mark.parametrize("backend", ["vmap", "loop"])
+def test_gradients_of_several_passes_add_up(backend: Any) -> None:
+    population = Population(_network("mlp"), SIZE, backend=backend)
+    inputs, targets = _batch("mlp")
+    _backward(population, inputs, targets)
+    assert population.theta.grad is not None
+    once = population.theta.grad.clone()
+    _backward(population, inputs, targets)
+    torch.testing.assert_close(population.theta.grad, 2 * once)
+    for chunk in population.chunks():
+        chunk.evaluate(_losses, inputs, targets).sum().backward(retain_graph=True)
+        (2 * chunk.evaluate(_losses, inputs, targets)).sum().backward()
+    expected = population.theta.grad - 2 * once
+    population.theta.grad = None
+    for chunk in population.chunks():
+        (3 * chunk.evaluate(_losses, inputs, targets)).sum().backward()
+    torch.testing.assert_close(population.theta.grad, expected)
 
 
 def test_one_subproblem_uses_the_loop() -> None:
