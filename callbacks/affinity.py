@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mtl_lightning.callbacks.heat_map import heat_map
 from mtl_lightning.callbacks.measuring import MeasuringCallback, finite, latest_values, publish
-from mtl_lightning.callbacks.output import write_rows
+from mtl_lightning.callbacks.output import logged_step, write_rows
 from mtl_lightning.callbacks.task_losses import LossesFn, Measurement, ParametersFn, TaskGradients
 from mtl_lightning.protocols import TaskGroupProtocol
 
@@ -42,7 +42,7 @@ class AffinityCallback(MeasuringCallback):
     :class:`~mtl_lightning.callbacks.task_losses.TaskGradients`, also for DDP, where losses and gradients are those of
     all ranks. The first measurement costs ``T`` more backward passes unless ``parameters_fn`` is given.
 
-    Logged, at once and under ``trainer.global_step``: ``affinity/<from>/<to>``, without unit; ``affinity_seconds``, the
+    Logged, at once and under the step of the batch: ``affinity/<from>/<to>``, without unit; ``affinity_seconds``, the
     duration of the latest measurement; ``affinity``, the figure, to TensorBoard and W&B. Files, from rank zero and each
     whole or not at all:
 
@@ -159,7 +159,7 @@ class AffinityCallback(MeasuringCallback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Read if it is time; write the table and, if it is time, the figure."""
         if self._open_epoch is not None:
-            self._read(trainer, pl_module, self._open_epoch)
+            self._read(trainer, pl_module, self._open_epoch, epoch_is_over=True)
         super().on_train_epoch_end(trainer, pl_module)
 
     def measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
@@ -171,7 +171,7 @@ class AffinityCallback(MeasuringCallback):
             take = _look_ahead if self.measured == "look_ahead" else _first_order
             values = take(measurement, learning_rate)
             values[:, ~(measurement.losses > 0)] = torch.nan
-            self._add(trainer, pl_module, trainer.current_epoch, measurement.names, values)
+            self._add(trainer, pl_module, trainer.current_epoch, measurement.names, values, logged_step(trainer))
 
     def has_measured(self) -> bool:
         """Return whether there is a value."""
@@ -211,12 +211,19 @@ class AffinityCallback(MeasuringCallback):
         self._records = [(epoch, batch, np.array(rows)) for epoch, batch, rows in state_dict["records"]]
         self._open_epoch = state_dict["open_epoch"]
 
-    def _read(self, trainer: pl.Trainer, pl_module: Any, epoch: int) -> None:
+    def _read(self, trainer: pl.Trainer, pl_module: Any, epoch: int, epoch_is_over: bool = False) -> None:
         self._open_epoch = None
-        self._add(trainer, pl_module, epoch, list(pl_module.task_names), pl_module.affinity_matrix)
+        step = logged_step(trainer, epoch_is_over=epoch_is_over)
+        self._add(trainer, pl_module, epoch, list(pl_module.task_names), pl_module.affinity_matrix, step)
 
     def _add(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int, names: list[str], values: Tensor
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        epoch: int,
+        names: list[str],
+        values: Tensor,
+        step: int,
     ) -> None:
         matrix = self.placed(names, values)
         matrix[~np.isfinite(matrix)] = np.nan
@@ -227,7 +234,7 @@ class AffinityCallback(MeasuringCallback):
             for source, row in entries
             for target, value in zip(self.task_names, row, strict=True)
         }
-        publish(trainer, pl_module, finite(keys))
+        publish(trainer, pl_module, finite(keys), step)
 
     def _latest(self) -> np.ndarray:
         return latest_values((matrix for _, _, matrix in self._records), len(self.task_names))

@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from mtl_lightning.callbacks.measuring import MeasuringCallback, finite, publish
 from mtl_lightning.callbacks.objectives import attached
-from mtl_lightning.callbacks.output import output_folder, write_rows
+from mtl_lightning.callbacks.output import logged_step, output_folder, write_rows
 
 _MOST_EVENTS = 1024
 _MIB = 2**20
@@ -172,7 +172,7 @@ class CostCallback(Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Publish the totals and write the table."""
-        self._finish_epoch(trainer, pl_module, trainer.current_epoch)
+        self._finish_epoch(trainer, pl_module, trainer.current_epoch, epoch_is_over=True)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Stop to listen."""
@@ -226,7 +226,9 @@ class CostCallback(Callback):
         own = getattr(module.forward, "__func__", None) is type(module).forward
         self._counts["forwards"] += own or not isinstance(module, pl.LightningModule)
 
-    def _finish_epoch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int) -> None:
+    def _finish_epoch(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int, epoch_is_over: bool = False
+    ) -> None:
         self._open_epoch = None
         self._read_events(len(self._events))
         self._peak = _largest(self._peak, _peak_memory(pl_module.device))
@@ -244,6 +246,7 @@ class CostCallback(Callback):
             trainer,
             pl_module,
             finite({f"cost/{key}": float(value) for key, value in totals.items() if value is not None}),
+            logged_step(trainer, epoch_is_over=epoch_is_over),
         )
         if self.folder is not None and trainer.is_global_zero:
             write_rows(self.folder / "cost.csv", list(self._rows[-1]), self._rows)

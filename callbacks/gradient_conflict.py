@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mtl_lightning.callbacks.heat_map import heat_map
 from mtl_lightning.callbacks.measuring import MeasuringCallback, finite, latest_values, publish
-from mtl_lightning.callbacks.output import write_rows
+from mtl_lightning.callbacks.output import logged_step, write_rows
 from mtl_lightning.callbacks.task_losses import LossesFn, ParametersFn, TaskGradients
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ class GradientConflictCallback(MeasuringCallback):
     :class:`~mtl_lightning.callbacks.task_losses.TaskGradients`. Under DDP the gradients are averaged over the ranks
     before their cosines are taken. A task without labels in the batch, or with a zero gradient, has no cosine.
 
-    Logged, at once and under ``trainer.global_step``, all without unit but the norms:
+    Logged, at once and under the step of the batch, all without unit but the norms:
 
     - ``gradient_cosine/<a>/<b>``, for each pair once, and ``gradient_cosine``, their mean;
     - ``gradient_conflict``: the share of pairs whose cosine is negative, in [0, 1];
@@ -123,7 +123,7 @@ class GradientConflictCallback(MeasuringCallback):
         values |= {
             f"{self._prefix}_norm/{task}": norm for task, norm in zip(self.task_names, norms.tolist(), strict=True)
         }
-        publish(trainer, pl_module, finite(values))
+        publish(trainer, pl_module, finite(values), logged_step(trainer))
 
     def has_measured(self) -> bool:
         """Return whether there is a value."""

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mtl_lightning.palette import GRID, HELPS, HURTS, INK, on_white
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -33,7 +35,7 @@ def heat_map(
         limits: The values at both ends of the colours. By default symmetric about zero, up to the largest magnitude off
             the diagonal: what a task does to itself is often much more, and would leave no colour for the rest.
     """
-    from matplotlib import colormaps
+    from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.figure import Figure
 
     num_tasks, names = len(names), short_names(names)
@@ -43,8 +45,9 @@ def heat_map(
         top = float(others.max(initial=0.0)) or float(np.abs(matrix[finite]).max(initial=0.0)) or 1.0
         limits = (-top, top)
     low, high = limits
-    # Red and blue stay apart for colour-blind readers; without negative values there is nothing to tell apart.
-    colours = colormaps["RdBu" if low < 0 else "Blues"].with_extremes(bad="#DDDFE3")
+    ends = ["white", on_white(HELPS)]  # without negative values there is nothing to tell apart
+    stops = [on_white(HURTS), *ends] if low < 0 else ends
+    colours = LinearSegmentedColormap.from_list("heat", stops).with_extremes(bad=GRID)
 
     size = 2.6 + 0.62 * min(max(num_tasks, 3), 20)
     figure = Figure(figsize=(size + 1.0, size), dpi=130, layout="constrained", facecolor="white")
@@ -56,7 +59,6 @@ def heat_map(
     bar.set_label(value, labelpad=9)
     bar.outline.set_visible(False)
     if num_tasks <= _MOST_NUMBERS:
-        luminance = image.to_rgba(matrix)[..., :3] @ (0.299, 0.587, 0.114)
         for row, column in np.argwhere(finite):
             axes.text(
                 column,
@@ -65,7 +67,7 @@ def heat_map(
                 ha="center",
                 va="center",
                 fontsize=8,
-                color="white" if luminance[row, column] < 0.55 else "#3C4048",
+                color=INK,
             )
     upright = max(map(len, names)) <= 9  # letters, else neighbours would overlap
     axes.set_xticks(range(num_tasks), names, rotation=0 if upright else 35, ha="center" if upright else "right")

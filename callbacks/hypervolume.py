@@ -14,7 +14,8 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from mtl_lightning.callbacks.objectives import Direction, ObjectivesCallback, Points, attached
-from mtl_lightning.callbacks.output import draw, write_atomically, write_picture, write_rows
+from mtl_lightning.callbacks.output import draw, logged_step, write_atomically, write_picture, write_rows
+from mtl_lightning.palette import GRID, INK, MODEL
 from mtl_lightning.pareto import hypervolume, is_nondominated
 
 if TYPE_CHECKING:
@@ -39,9 +40,10 @@ class HypervolumeCallback(ObjectivesCallback):
     there (that is, with ``val_check_interval`` or ``check_val_every_n_epoch`` other than 1) has to stand behind this
     callback in the trainer's list, or it finds no value at first and then that of the validation before.
 
-    Files, from rank zero and each whole or not at all: ``hypervolume.csv`` (``epoch``, ``step`` and both values) and
-    ``hypervolume.json`` (``reference_point``, from objective to number) after each validation, and the curve,
-    ``hypervolume.png``, when fitting ends. ``trainer.validate`` adds a row as well,
+    Files, from rank zero and each whole or not at all: ``hypervolume.csv`` (``epoch``, ``step``,
+    ``logged_step`` as in the archive of ``ParetoFrontCallback``, and both values) and ``hypervolume.json``
+    (``reference_point``, from objective to number) after each validation, and the curve, ``hypervolume.png``, when
+    fitting ends. ``trainer.validate`` adds a row as well,
     ``fast_dev_run`` writes nothing. Curve, reference point and front are part of the checkpoint.
 
     Args:
@@ -50,8 +52,8 @@ class HypervolumeCallback(ObjectivesCallback):
             (the sanity check does not count): the worst value of each objective, worse by 10 % of its magnitude. Give
             it to compare runs.
         objectives: From the name of each objective to ``"min"`` or ``"max"``. For a population, tasks (their validation
-            loss) or keys of ``metric_values``, by default all tasks; for any other module names of logged metrics,
-            required.
+            loss) or keys of ``metric_values``, by default all tasks; for any other module names of logged metrics, by
+            default ``val_loss/<task>`` of all tasks for a module of this library, and required for another.
         dirpath: The folder; by default ``pareto_front`` in ``trainer.log_dir``, or in ``trainer.default_root_dir``.
         name: What replaces ``hypervolume`` in keys and file names, so that several instances can be attached.
 
@@ -97,7 +99,7 @@ class HypervolumeCallback(ObjectivesCallback):
 
     @property
     def curve(self) -> list[dict[str, int | float]]:
-        """One row per validation: ``epoch``, ``step``, ``hypervolume`` and ``hypervolume/archive``."""
+        """One row per validation: the columns of ``hypervolume.csv``."""
         return [dict(row) for row in self._curve]
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -119,6 +121,7 @@ class HypervolumeCallback(ObjectivesCallback):
         row = {
             "epoch": trainer.current_epoch,
             "step": trainer.global_step,
+            "logged_step": logged_step(trainer),
             self.name: self._hypervolume(points.values),
             f"{self.name}/archive": self._hypervolume(self._front_values()),
         }
@@ -153,14 +156,12 @@ class HypervolumeCallback(ObjectivesCallback):
         axes = figure.add_subplot()
         steps = [row["step"] for row in self._curve]
         archive, latest = f"{self.name}/archive", self.name
-        axes.plot(
-            steps, [row[archive] for row in self._curve], color="#3C4048", linewidth=1.2, label="all points so far"
-        )
+        axes.plot(steps, [row[archive] for row in self._curve], color=INK, linewidth=1.2, label="all points so far")
         marker = "o" if len(steps) <= 40 else None
         axes.plot(
             steps,
             [row[latest] for row in self._curve],
-            color="#0072B2",
+            color=MODEL,
             linewidth=1.8,
             marker=marker,
             markersize=4.5,
@@ -171,7 +172,7 @@ class HypervolumeCallback(ObjectivesCallback):
         axes.set_ylabel(f"{self.name} (higher is better)")
         if self._reference_point is not None:
             axes.set_title(f"reference point: {self._described(self._reference_point)}", fontsize=10)
-        axes.grid(color="#ECEEF1", linewidth=0.8)
+        axes.grid(color=GRID, linewidth=0.8)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=9, loc="lower right")
@@ -255,11 +256,9 @@ class HypervolumeCallback(ObjectivesCallback):
         trainer.callback_metrics.update(tensors)
         trainer.logged_metrics.update(tensors)
         trainer.progress_bar_metrics[self.name] = values[self.name]
-        # Where Lightning has put the other metrics of this validation: it counts batches, from zero.
-        step = trainer.fit_loop.epoch_loop._batches_that_stepped
         if trainer.is_global_zero:
             for logger in trainer.loggers:
-                logger.log_metrics(values, step=step)
+                logger.log_metrics(values, step=logged_step(trainer))
 
     def _path(self, folder: Path, suffix: str) -> Path:
         return folder / f"{self.name.replace('/', '-')}.{suffix}"

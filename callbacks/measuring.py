@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from mtl_lightning.callbacks.output import draw, log_picture, output_folder, write_picture
+from mtl_lightning.callbacks.output import draw, log_picture, logged_step, output_folder, write_picture
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -105,7 +105,7 @@ class MeasuringCallback(Callback, ABC):
         seconds = time.perf_counter() - start
         self.measure_seconds += seconds
         slowest = trainer.strategy.reduce(torch.tensor(seconds, device=pl_module.device), reduce_op="max")
-        publish(trainer, pl_module, {f"{self.name}_seconds": float(slowest)})
+        publish(trainer, pl_module, {f"{self.name}_seconds": float(slowest)}, logged_step(trainer))
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -128,7 +128,7 @@ class MeasuringCallback(Callback, ABC):
             picture = draw(self.figure())
             name = f"{self.name}-epoch={trainer.current_epoch:03d}-step={trainer.global_step:06d}.png"
             write_picture(self.folder / name, picture)
-            log_picture(trainer, self.name, picture)
+            log_picture(trainer, self.name, picture, logged_step(trainer, epoch_is_over=True))
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the tables and the final figure."""
@@ -180,18 +180,18 @@ def latest_values(matrices: Iterable[np.ndarray], num_tasks: int) -> np.ndarray:
     return latest
 
 
-def publish(trainer: pl.Trainer, pl_module: pl.LightningModule, values: Mapping[str, float]) -> None:
+def publish(trainer: pl.Trainer, pl_module: pl.LightningModule, values: Mapping[str, float], step: int) -> None:
     """Put ``values`` at once where ``pl_module.log`` would put them.
 
     ``log`` would wait for the next ``log_every_n_steps``, and drop what was measured in between; and it is refused in
-    some hooks. Values should be equal on all ranks.
+    some hooks. Values should be equal on all ranks, and ``step`` that of ``logged_step``.
     """
     tensors = {key: torch.tensor(value, device=pl_module.device) for key, value in values.items()}
     trainer.callback_metrics.update(tensors)
     trainer.logged_metrics.update(tensors)
     if trainer.is_global_zero:
         for logger in trainer.loggers:
-            logger.log_metrics(dict(values), step=trainer.global_step)
+            logger.log_metrics(dict(values), step=step)
 
 
 def finite(values: Mapping[str, float]) -> dict[str, float]:

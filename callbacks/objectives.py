@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeGuard, TypeVar
@@ -17,10 +17,14 @@ from torch import Tensor
 from mtl_lightning.callbacks.output import output_folder
 from mtl_lightning.pareto import MAX_OBJECTIVES
 from mtl_lightning.protocols import PopulationProtocol
+from mtl_lightning.task import Task
 
 Direction = Literal["min", "max"]
 
 _CallbackT = TypeVar("_CallbackT", bound=Callback)
+
+_VALIDATION = "val_"  # what a module of this library puts before the names of what it logs in a validation
+_LOSS = "val_loss/"
 
 
 @dataclass(frozen=True)
@@ -53,8 +57,11 @@ class ObjectiveReader:
     """Turns every validation of a module into points, equal on all ranks.
 
     A module that satisfies ``PopulationProtocol`` gives one point per model: by default its validation losses, all
-    minimised; otherwise those of ``objectives``, which names entries of ``metric_values`` or, for a loss, tasks. Any
-    other module gives one point per validation, of the metrics that it logs under the names of ``objectives``.
+    minimised; otherwise those of ``objectives``, which names entries of ``metric_values`` or, for a loss, tasks. The
+    names under which the means over the models are logged, ``val_loss/<task>`` and ``val_<metric>/<task>``, stand for
+    the values of each model as well. Any other module gives one point per validation, of the metrics that it logs under
+    the names of ``objectives``; one that is trained on :class:`~mtl_lightning.task.Task` objects logs
+    ``val_loss/<task>``, and these are its objectives by default.
 
     Args:
         objectives: From the name of each objective to ``"min"`` or ``"max"``.
@@ -92,16 +99,20 @@ class ObjectiveReader:
         """
         if is_population(pl_module):
             self.preference_names = tuple(pl_module.task_names)
-            if self.given is None:
-                self.objectives = dict.fromkeys(pl_module.task_names, "min")
-                _check_objectives(self.objectives)
-        elif self.given is None:
+            default = self.preference_names
+        else:
+            default = tuple(f"{_LOSS}{name}" for name in _trained_tasks(pl_module))
+        if self.given is not None:
+            return
+        if not default:
             raise ValueError(
                 "`objectives` should name logged validation metrics and their directions, such as "
-                "{'val/loss/left': 'min', 'val/accuracy/right': 'max'}, unless the module has `task_names`, "
-                "`preferences`, `objective_values` and `metric_values` (`mtl_lightning.protocols.PopulationProtocol`). "
-                f"Found none, and a {type(pl_module).__name__}."
+                "{'val_loss/left': 'min', 'val_accuracy/right': 'max'}, unless the module is one of this library or "
+                "has `task_names`, `preferences`, `objective_values` and `metric_values` "
+                f"(`mtl_lightning.protocols.PopulationProtocol`). Found none, and a {type(pl_module).__name__}."
             )
+        self.objectives = dict.fromkeys(default, "min")
+        _check_objectives(self.objectives)
 
     def start(self, trainer: pl.Trainer) -> None:
         """Remember what was logged before this validation, so that an old value is never taken for a new one."""
@@ -161,14 +172,15 @@ class ObjectiveReader:
     def _read_population(self, pl_module: PopulationProtocol) -> _Reading:
         # Both reads are collective. Which of them happen depends on the objectives only, so all ranks do the same.
         columns: dict[str, Tensor] = {}
-        if any(name in pl_module.task_names for name in self.names):
+        if any(_is_loss(name, pl_module.task_names) for name in self.names):
             columns |= dict(zip(pl_module.task_names, pl_module.objective_values.unbind(dim=1), strict=True))
-        if any(name not in pl_module.task_names for name in self.names):
+        if any(not _is_loss(name, pl_module.task_names) for name in self.names):
             columns |= {name: value for name, value in pl_module.metric_values.items() if name not in columns}
-        missing = tuple(name for name in self.names if name not in columns)
+        found = {name: found_as(name, columns) for name in self.names}
+        missing = tuple(name for name, column in found.items() if column is None)
         if missing:
             return _Reading(missing=missing, available=(*pl_module.task_names, *pl_module.metric_values))
-        values = torch.stack([_plain(columns[name]) for name in self.names], dim=1)
+        values = torch.stack([_plain(columns[column]) for column in found.values() if column is not None], dim=1)
         return _Reading(Points(values, tuple(range(len(values))), _plain(pl_module.preferences)))
 
     def _finite(self, points: Points) -> Points:
@@ -262,6 +274,29 @@ def is_population(pl_module: object) -> TypeGuard[PopulationProtocol]:
     ``isinstance`` would read the values (before Python 3.12), which is a collective, or overlook buffers (since 3.12).
     """
     return {"task_names", "preferences", "objective_values", "metric_values"} <= set(dir(pl_module))
+
+
+def found_as(name: str, columns: Container[str]) -> str | None:
+    """Return which of ``columns``, tasks and metrics of a population, an objective is; None if it is none of them.
+
+    Example:
+        >>> columns = ("left", "right", "accuracy/right")
+        >>> [found_as(name, columns) for name in ("left", "val_loss/left", "val_accuracy/right", "val_loss")]
+        ['left', 'left', 'accuracy/right', None]
+    """
+    candidates = (name, name.removeprefix(_LOSS), name.removeprefix(_VALIDATION))
+    return next((candidate for candidate in candidates if candidate in columns), None)
+
+
+def _is_loss(name: str, task_names: Container[str]) -> bool:
+    return name in task_names or name.removeprefix(_LOSS) in task_names
+
+
+def _trained_tasks(pl_module: object) -> list[str]:
+    """Return the names of the tasks of a module of this library, none of any other one."""
+    tasks = getattr(pl_module, "tasks", ())
+    is_ours = isinstance(tasks, Sequence) and all(isinstance(task, Task) for task in tasks)
+    return [task.name for task in tasks] if is_ours else []
 
 
 def _check_objectives(objectives: Mapping[str, str]) -> None:

@@ -119,12 +119,26 @@ def write_picture(path: Path, picture: np.ndarray) -> None:
     write_atomically(path, lambda temporary: imsave(temporary, picture, format="png", pil_kwargs={"compress_level": 1}))
 
 
-def log_picture(trainer: pl.Trainer, key: str, picture: np.ndarray) -> None:
+def logged_step(trainer: pl.Trainer, *, epoch_is_over: bool = False) -> int:
+    """Return the step under which loggers have what a module logs at this moment.
+
+    Lightning counts for them the batches after which the optimiser may step, from 0: the values of the third one, of a
+    validation that follows it and of an epoch that ends with it are all at 2. ``trainer.global_step``, as in the names
+    of checkpoints, is how many steps have been made, which is 3 then.
+
+    Args:
+        trainer: The trainer.
+        epoch_is_over: Whether this is ``on_train_epoch_end``, when Lightning has counted the last batch already.
+    """
+    return trainer.fit_loop.epoch_loop._batches_that_stepped - epoch_is_over
+
+
+def log_picture(trainer: pl.Trainer, key: str, picture: np.ndarray, step: int) -> None:
     """Show a ``picture`` in the loggers that take pictures: TensorBoard, and those with ``log_image`` (W&B)."""
     for logger in trainer.loggers:
         experiment: Any = getattr(logger, "experiment", None)
         if hasattr(logger, "log_image"):
-            logger.log_image(key=key, images=[picture], step=trainer.global_step)
+            logger.log_image(key=key, images=[picture], step=step)
         elif hasattr(experiment, "add_image"):
             # Not `add_figure`: that would draw the figure a second time.
-            experiment.add_image(key, picture, trainer.global_step, dataformats="HWC")
+            experiment.add_image(key, picture, step, dataformats="HWC")

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mtl_lightning.callbacks.objectives import Direction, ObjectivesCallback, Points, attached, is_population
-from mtl_lightning.callbacks.output import draw, log_picture, write_atomically, write_picture, write_rows
+from mtl_lightning.callbacks.objectives import Direction, ObjectivesCallback, Points, attached, found_as, is_population
+from mtl_lightning.callbacks.output import draw, log_picture, logged_step, write_atomically, write_picture, write_rows
+from mtl_lightning.palette import EARLIER, GRID, INK, MODEL, PREFERENCE
 from mtl_lightning.pareto import is_nondominated
 
 if TYPE_CHECKING:
@@ -21,10 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _PREFERENCE = "preference/"
-_OWN_COLUMNS = ("epoch", "step", "subproblem", "nondominated")
-
-# Colours that stay apart for colour-blind readers (vermillion of Okabe and Ito, viridis) and in grey print.
-_VERMILLION, _GREY, _INK = "#D55E00", "#B4B9C1", "#3C4048"
+_OWN_COLUMNS = ("epoch", "step", "logged_step", "subproblem", "nondominated")
 
 
 class ParetoFrontCallback(ObjectivesCallback):
@@ -37,9 +35,10 @@ class ParetoFrontCallback(ObjectivesCallback):
     Logged: ``pareto_front``, the figure, to TensorBoard and W&B; no numbers. Files, from rank zero and each whole or
     not at all:
 
-    - ``archive.csv``, after each validation: ``epoch``, ``step`` (``trainer.global_step``), ``subproblem``,
-      ``preference/<task>`` for a population, one column per objective in its own unit, for a population its other
-      losses and metrics, and ``nondominated``;
+    - ``archive.csv``, after each validation: ``epoch``, ``step`` (``trainer.global_step``, as in the names of
+      checkpoints), ``logged_step`` (that of the validation in loggers and their ``metrics.csv``, for which Lightning
+      counts batches from 0), ``subproblem``, ``preference/<task>`` for a population, one column per objective in its
+      own unit, for a population its other losses and metrics, and ``nondominated``;
     - ``front.csv``, after each validation: its non-dominated rows;
     - ``objectives.json``, after each validation: ``"min"`` or ``"max"`` of each objective;
     - ``front-epoch=003-step=000123.png``, after each validation, and ``front.png`` when fitting ends: two objectives as
@@ -52,8 +51,8 @@ class ParetoFrontCallback(ObjectivesCallback):
 
     Args:
         objectives: From the name of each objective to ``"min"`` or ``"max"``. For a population, tasks (their validation
-            loss) or keys of ``metric_values``, by default all tasks; for any other module names of logged metrics,
-            required.
+            loss) or keys of ``metric_values``, by default all tasks; for any other module names of logged metrics, by
+            default ``val_loss/<task>`` of all tasks for a module of this library, and required for another.
         dirpath: The folder; by default ``pareto_front`` in ``trainer.log_dir``, or in ``trainer.default_root_dir``.
         figure_every: Draw after every such number of validations; 0 draws ``front.png`` only.
 
@@ -63,7 +62,7 @@ class ParetoFrontCallback(ObjectivesCallback):
         OSError: Before training, if the folder is not writable.
 
     Example:
-        >>> callback = ParetoFrontCallback(objectives={"val/loss/left": "min", "val/accuracy/right": "max"})
+        >>> callback = ParetoFrontCallback(objectives={"val_loss/left": "min", "val_accuracy/right": "max"})
         >>> callback.front
         []
     """
@@ -120,7 +119,7 @@ class ParetoFrontCallback(ObjectivesCallback):
             picture = draw(self.figure())
             name = f"front-epoch={trainer.current_epoch:03d}-step={trainer.global_step:06d}.png"
             write_picture(self.folder / name, picture)
-            log_picture(trainer, "pareto_front", picture)
+            log_picture(trainer, "pareto_front", picture, logged_step(trainer))
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draw the final front."""
@@ -150,7 +149,7 @@ class ParetoFrontCallback(ObjectivesCallback):
             weights=np.array(weights) if columns else None,
             weights_label=f"preference for {columns[0].removeprefix(_PREFERENCE)}" if columns else "",
             objectives=self.objectives,
-            title=f"Epoch {latest[0]}, step {latest[1]}",
+            title=f"Epoch {latest[0]}, after {latest[1]} steps",
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -177,12 +176,10 @@ class ParetoFrontCallback(ObjectivesCallback):
         if not is_population(pl_module):
             return {}
         found = dict(zip(pl_module.task_names, pl_module.objective_values.unbind(dim=1), strict=True))
+        found |= dict(pl_module.metric_values)
         taken = {*_OWN_COLUMNS, *self.objectives, *(_PREFERENCE + name for name in self.reader.preference_names)}
-        return {
-            name: values.detach().double().cpu().tolist()
-            for name, values in (found | dict(pl_module.metric_values)).items()
-            if name not in taken
-        }
+        taken |= {column for name in self.objectives if (column := found_as(name, found)) is not None}
+        return {name: values.detach().double().cpu().tolist() for name, values in found.items() if name not in taken}
 
     def _as_rows(
         self, trainer: pl.Trainer, points: Points, others: Mapping[str, Sequence[float]]
@@ -192,6 +189,7 @@ class ParetoFrontCallback(ObjectivesCallback):
             row: dict[str, int | float] = {
                 "epoch": trainer.current_epoch,
                 "step": trainer.global_step,
+                "logged_step": logged_step(trainer),
                 "subproblem": subproblem,
             }
             if points.preferences is not None:
@@ -237,8 +235,8 @@ def _draw_front(
     axes: Any = figure.add_subplot(projection="3d" if values.shape[1] == 3 else None)
     shown = _within(values, *_limits(values[nondominated | is_latest]))
     earlier, latest, front = values[~is_latest & shown], values[is_latest], values[nondominated]
-    mapping = None if weights is None else _colour_mapping(weights)
-    colours = _VERMILLION if mapping is None else mapping.to_rgba(weights)
+    mapping = None if weights is None else _colour_mapping()
+    colours = MODEL if mapping is None else mapping.to_rgba(weights)
     if values.shape[1] == 2:
         _draw_plane(axes, earlier, latest, front, colours, objectives)
     elif values.shape[1] == 3:
@@ -253,15 +251,12 @@ def _draw_front(
     return figure
 
 
-def _colour_mapping(weights: np.ndarray) -> Any:
-    """Return viridis over the range of ``weights``, without its brightest end, which fades on white."""
-    import matplotlib as mpl
+def _colour_mapping() -> Any:
+    """Return the colours of weights from 0 to 1, whatever weights there are: a preference keeps its colour."""
     from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import ListedColormap, Normalize
+    from matplotlib.colors import LinearSegmentedColormap, Normalize
 
-    low, high = weights.min(), weights.max()
-    colour_map = ListedColormap(mpl.colormaps["viridis"](np.linspace(0.0, 0.92, 256)))
-    return ScalarMappable(Normalize(low, high) if low < high else Normalize(0.0, 1.0), colour_map)
+    return ScalarMappable(Normalize(0.0, 1.0), LinearSegmentedColormap.from_list("preference", PREFERENCE))
 
 
 def _limits(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -301,10 +296,17 @@ def _draw_plane(
     low, high = _limits(np.concatenate([front, latest]))
     corners = _staircase(front, list(objectives.values()))
     axes.scatter(
-        earlier[:, 0], earlier[:, 1], s=14, color=_GREY, linewidths=0, alpha=0.7, label="earlier validations", zorder=2
+        earlier[:, 0],
+        earlier[:, 1],
+        s=14,
+        color=EARLIER,
+        linewidths=0,
+        alpha=0.7,
+        label="earlier validations",
+        zorder=2,
     )
-    axes.plot(corners[:, 0], corners[:, 1], color=_INK, linewidth=1.1, label="non-dominated so far", zorder=3)
-    axes.scatter(front[:, 0], front[:, 1], s=14, color=_INK, linewidths=0, zorder=3)
+    axes.plot(corners[:, 0], corners[:, 1], color=INK, linewidth=1.1, label="non-dominated so far", zorder=3)
+    axes.scatter(front[:, 0], front[:, 1], s=14, color=INK, linewidths=0, zorder=3)
     axes.scatter(
         latest[:, 0],
         latest[:, 1],
@@ -320,7 +322,7 @@ def _draw_plane(
     first, second = _labels(objectives)
     axes.set_xlabel(first)
     axes.set_ylabel(second)
-    axes.grid(color="#ECEEF1", linewidth=0.8)
+    axes.grid(color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=9)
@@ -335,13 +337,13 @@ def _draw_space(
     objectives: Mapping[str, Direction],
 ) -> None:
     low, high = _limits(np.concatenate([front, latest]))
-    axes.scatter(*earlier.T, s=10, color=_GREY, linewidths=0, alpha=0.6, label="earlier validations")
-    axes.scatter(*front.T, s=14, color=_INK, linewidths=0, label="non-dominated so far")
+    axes.scatter(*earlier.T, s=10, color=EARLIER, linewidths=0, alpha=0.6, label="earlier validations")
+    axes.scatter(*front.T, s=14, color=INK, linewidths=0, label="non-dominated so far")
     axes.scatter(
         *latest.T, s=55, c=colours, edgecolors="white", linewidths=0.8, depthshade=False, label="this validation"
     )
     for x, y, z in latest:  # a line to the floor tells where a point stands
-        axes.plot([x, x], [y, y], [low[2], z], color=_GREY, linewidth=0.7)
+        axes.plot([x, x], [y, y], [low[2], z], color=EARLIER, linewidth=0.7)
     axes.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), zlim=(low[2], high[2]))
     axes.view_init(elev=22.0, azim=40.0)
     axes.set_box_aspect(None, zoom=0.86)  # leaves room for the labels, which the layout does not know in space
@@ -370,8 +372,8 @@ def _draw_parallel(
         return [np.stack([positions, row], axis=1) for row in (values - bottom) / (top - bottom)]
 
     groups = (
-        (earlier, _GREY, 0.7, "earlier validations"),
-        (front, _INK, 0.9, "non-dominated so far"),
+        (earlier, EARLIER, 0.7, "earlier validations"),
+        (front, INK, 0.9, "non-dominated so far"),
         (latest, colours, 2.0, "this validation"),
     )
     for order, (values, colour, width, label) in enumerate(groups):
@@ -379,7 +381,7 @@ def _draw_parallel(
             LineCollection(lines(values), colors=colour, linewidths=width, label=label, zorder=2 + order)
         )
     for position, at_bottom, at_top in zip(positions, bottom, top, strict=True):
-        axes.axvline(position, color=_INK, linewidth=0.8, zorder=1)
+        axes.axvline(position, color=INK, linewidth=0.8, zorder=1)
         axes.text(position, -0.02, f"{at_bottom:.4g}", ha="center", va="top", fontsize=8)
         axes.text(position, 1.02, f"{at_top:.4g}", ha="center", va="bottom", fontsize=8)
     axes.set_xlim(-0.3, len(objectives) - 0.7)

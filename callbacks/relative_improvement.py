@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 
 from mtl_lightning.callbacks.measuring import publish
+from mtl_lightning.callbacks.output import logged_step
 from mtl_lightning.metrics.relative_improvement import Baseline, RelativeImprovement
 
 
@@ -89,5 +90,5 @@ class RelativeImprovementCallback(Callback):
                 )
             return
         value = trainer.strategy.broadcast(self.improvement(metrics))
-        publish(trainer, pl_module, {self.name: value})
+        publish(trainer, pl_module, {self.name: value}, logged_step(trainer))
         self._observed = True

@@ -14,7 +14,8 @@ from torch import Tensor, from_numpy
 
 from mtl_lightning.callbacks.heat_map import heat_map, short_names
 from mtl_lightning.callbacks.measuring import finite, publish
-from mtl_lightning.callbacks.output import draw, log_picture, output_folder, write_picture, write_rows
+from mtl_lightning.callbacks.output import draw, log_picture, logged_step, output_folder, write_picture, write_rows
+from mtl_lightning.palette import ALONE, GROUPS
 from mtl_lightning.partitions import adjusted_rand_index, matched_labels, pair_flip_rate
 
 if TYPE_CHECKING:
@@ -23,14 +24,6 @@ if TYPE_CHECKING:
 _ABSENT = -1
 _MOST_RUNS = 4096  # more than twice as many as the timeline has columns
 _MOST_COLUMNS = 1500
-
-_ALONE = "#C9CCD1"
-
-# Okabe and Ito, for colour-blind readers, then others that stay apart from these.
-_PALETTE = (
-    *("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#5D4A8A"),
-    *("#8C564B", "#7F7F7F", "#1B4F3A", "#B2DF8A", "#A6761D", "#FB9A99", "#17BECF", "#3C4048"),
-)
 
 _Run = tuple[int, int, tuple[int, ...]]
 
@@ -145,11 +138,12 @@ class TaskGroupCallback(Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Publish the means of the epoch, write the tables and, if it is time, the figures."""
-        self._finish_epoch(trainer, pl_module, trainer.current_epoch)
+        self._finish_epoch(trainer, pl_module, trainer.current_epoch, epoch_is_over=True)
         due = self.figure_every > 0 and (trainer.current_epoch + 1) % self.figure_every == 0
         if self.folder is not None and trainer.is_global_zero and self._runs and due:
             for name, picture in self._write_pictures(self.folder).items():
-                log_picture(trainer, f"task_groups/{name}", picture)
+                step = logged_step(trainer, epoch_is_over=True)
+                log_picture(trainer, f"task_groups/{name}", picture, step)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the tables and the final figures."""
@@ -172,7 +166,7 @@ class TaskGroupCallback(Callback):
         from matplotlib.colors import to_rgb
         from matplotlib.figure import Figure
 
-        palette = np.array([to_rgb(colour) for colour in _PALETTE])
+        palette = np.array([to_rgb(colour) for colour in GROUPS])
         end = self._runs[-1][1] + 1
         edges = np.linspace(0, end, min(end, _MOST_COLUMNS) + 1)
         starts = np.array([first for first, _, _ in self._runs])
@@ -180,7 +174,7 @@ class TaskGroupCallback(Callback):
         labels = np.array([labels for _, _, labels in self._runs])[columns].T
         picture = np.where((labels == _ABSENT)[..., None], 1.0, palette[labels % len(palette)])
         is_alone = (labels[:, None] == labels[None, :]).sum(axis=1) == 1
-        picture[is_alone & (labels != _ABSENT)] = to_rgb(_ALONE)
+        picture[is_alone & (labels != _ABSENT)] = to_rgb(ALONE)
 
         num_tasks = len(self._task_names)
         figure = Figure(
@@ -303,7 +297,9 @@ class TaskGroupCallback(Callback):
             self._sums[name][0] += value
             self._sums[name][1] += 1
 
-    def _finish_epoch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int) -> None:
+    def _finish_epoch(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int, epoch_is_over: bool = False
+    ) -> None:
         self._open_epoch = None
         means = {name: total / count if count else float("nan") for name, (total, count) in self._sums.items()}
         self._sums = _no_sums()
@@ -311,7 +307,8 @@ class TaskGroupCallback(Callback):
             return
         own = {"epoch": epoch, "batch": self.batches_seen}
         self._rows.append(own | means | {"number_so_far": self._number[0] / self._number[1]})
-        publish(trainer, pl_module, finite({f"groups/{name}": value for name, value in means.items()}))
+        step = logged_step(trainer, epoch_is_over=epoch_is_over)
+        publish(trainer, pl_module, finite({f"groups/{name}": value for name, value in means.items()}), step)
         if self.folder is not None and trainer.is_global_zero:
             self._write_tables(self.folder)
 

@@ -2,10 +2,7 @@
 (() => {
   const run = JSON.parse(document.getElementById("run").textContent);
   const SVG = "http://www.w3.org/2000/svg";
-  const PALETTE = [
-    "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#7A64B0",
-    "#8C564B", "#7F7F7F", "#3A7D63", "#B2DF8A", "#A6761D", "#FB9A99", "#17BECF", "#6B7280",
-  ];
+  const { groups: GROUPS, preference: PREFERENCE, strength: STRENGTH } = run.palette;  // those of the figures
   const SERIES = 10;
   let ids = 0;
 
@@ -149,11 +146,9 @@
 
   // --------------------------------------------------------------------------------------------------------- front
 
-  // From the first task (blue) to the others (orange), visible on light and on dark.
   function blend(weight) {
-    const stops = [[230, 126, 34], [150, 110, 190], [30, 125, 200]];
     const place = Math.max(0, Math.min(1, weight ?? 0.5)) * 2, from = Math.min(1, Math.floor(place));
-    const mixed = stops[from].map((value, index) => Math.round(value + (place - from) * (stops[from + 1][index] - value)));
+    const mixed = PREFERENCE[from].map((value, index) => Math.round(value + (place - from) * (PREFERENCE[from + 1][index] - value)));
     return `rgb(${mixed.join(" ")})`;
   }
 
@@ -161,7 +156,7 @@
   const arrow = (objective) => `${objective.name} ${objective.direction === "min" ? "↓" : "↑"}`;
   const isAt = (model, when) => model.epoch === when.epoch && model.step === when.step;
   const isSame = (one, other) => one.epoch === other.epoch && one.step === other.step && one.subproblem === other.subproblem;
-  const nameOf = (front, model) => (front.preferences.length ? `Subproblem ${model.subproblem}` : "Model") + `, epoch ${model.epoch}, step ${model.step}`;
+  const nameOf = (front, model) => (front.preferences.length ? `Subproblem ${model.subproblem}` : "Model") + `, epoch ${model.epoch}, after ${format(model.step)} steps`;
 
   function describe(front, model) {
     const paths = run.checkpoints.filter((checkpoint) => isAt(model, checkpoint)).map((checkpoint) => checkpoint.path);
@@ -190,7 +185,7 @@
       const distance = (model) => Math.hypot(...model.preference.map((value, index) => value - state.wanted[index]));
       return models.reduce((best, model) => (distance(model) < distance(best) ? model : best), models[0]);
     }
-    const colour = (model) => (weighs ? blend(model.preference[0]) : "var(--accent)");
+    const colour = (model) => (weighs ? blend(model.preference[0]) : "var(--model)");
 
     function choose(model) {
       if (weighs) state.wanted = [...model.preference];
@@ -225,7 +220,7 @@
       if (!many) picture.append(svg("path", { class: "stairs", d: stairs(front, at) }));
       for (const model of others.filter((other) => inside(other.objectives))) {
         const [cx, cy] = at(model.objectives);
-        picture.append(hints(svg("circle", { class: "other", cx, cy, r: model.nondominated ? 3 : 2 }), () => describe(front, model)));
+        picture.append(hints(svg("circle", { class: model.nondominated ? "other front" : "other", cx, cy, r: model.nondominated ? 3 : 2 }), () => describe(front, model)));
       }
       for (const model of models) {
         const [cx, cy] = at(model.objectives);
@@ -326,7 +321,7 @@
     const legend = el("div", { class: "legend" },
       weighs
         ? el("span", {}, el("span", { class: "gradient", style: { background: `linear-gradient(90deg, ${[0, 0.5, 1].map(blend).join(", ")})` } }), `preference for ${front.preferences[0]}, 0 to 1`)
-        : el("span", {}, el("span", { class: "swatch", style: { background: "var(--accent)" } }), "with a checkpoint"),
+        : el("span", {}, el("span", { class: "swatch", style: { background: "var(--model)" } }), "with a checkpoint"),
       el("span", {}, el("span", { class: "swatch", style: { background: "var(--front)", width: ".5rem", height: ".5rem" } }), "non-dominated so far"),
       el("span", {}, el("span", { class: "swatch", style: { background: "var(--earlier)", width: ".5rem", height: ".5rem" } }), "other validations"),
     );
@@ -410,7 +405,7 @@
     const steps = [...new Set(kept.flatMap((one) => one.points.map(([x]) => x)))].sort((a, b) => a - b);
     let place = steps.length - 1, cursor = null, x = null;
     const dash = (index) => kept[index].dash ?? (index >= SERIES ? "6 3" : null);
-    const colourOf = (index) => `var(--series-${index % SERIES})`;
+    const colourOf = (index) => kept[index].colour ?? `var(--series-${index % SERIES})`;
     const show = () => {
       const step = steps[place];
       const values = kept.map((one) => [one.name, one.points.find(([at]) => at === step)]).filter(([, point]) => point);
@@ -466,7 +461,7 @@
         point ? `Reference point: ${point}.` : "The reference point is not known: HypervolumeCallback writes it beside the table.",
         last ? ` At the end: ${format(last[2])}, over all validations ${format(last[3])}.` : ""),
       lineChart({
-        series: columns.map((name, index) => ({ name, dash: index ? "7 5" : null, points: curve.rows.filter((row) => row[2 + index] !== null).map((row) => [row[1], row[2 + index]]) })),
+        series: columns.map((name, index) => ({ name, dash: index ? "7 5" : null, colour: `var(--${["model", "front"][index]})`, points: curve.rows.filter((row) => row[2 + index] !== null).map((row) => [row[1], row[2 + index]]) })),
         x: "step", y: curve.name, label: `${curve.name} over the steps`,
       }));
   }
@@ -495,8 +490,8 @@
       el("tbody", {}, tasks.map((name, r) => el("tr", {}, el("th", { scope: "row" }, name), cells[r].map((cell) => el("td", {}, cell)))))));
     const show = (matrix, limit, digits) => cells.forEach((row, r) => row.forEach((cell, c) => {
       const value = matrix[r][c];
-      const strength = value === null || !limit ? 0 : Math.min(1, Math.abs(value) / limit) * 0.6;
-      cell.style.background = strength ? `rgb(var(${value > 0 ? "--helps" : "--hurts"}) / ${strength.toFixed(3)})` : "var(--grid)";
+      const strength = limit ? Math.min(1, Math.abs(value) / limit) * STRENGTH : 0;
+      cell.style.background = value === null ? "var(--grid)" : `rgb(var(${value > 0 ? "--helps" : "--hurts"}) / ${strength.toFixed(3)})`;
       if (numbers) cell.textContent = format(value, digits);
       cell.title = `${tasks[r]} → ${tasks[c]}: ${format(value)}`;
       if (onpick) cell.setAttribute("aria-label", `${tasks[r]} to ${tasks[c]}: ${format(value)}`);
@@ -543,7 +538,7 @@
       el("div", { class: "field" }, el("div", { class: "slider-head" }, el("label", { for: id }, "Time"), when), slider),
       heat.host,
       el("div", { class: "legend" },
-        el("span", {}, `−${format(limit, 2)}`, el("span", { class: "gradient", style: { background: "linear-gradient(90deg, rgb(var(--hurts) / .6), var(--grid), rgb(var(--helps) / .6))" } }), `${format(limit, 2)}; larger ones, such as those of a task with itself, in the same colour`)),
+        el("span", {}, `−${format(limit, 2)}`, el("span", { class: "gradient", style: { background: `linear-gradient(90deg, rgb(var(--hurts) / ${STRENGTH}), var(--card), rgb(var(--helps) / ${STRENGTH}))` } }), `${format(limit, 2)}; larger ones, such as those of a task with itself, in the same colour`)),
       pairHost);
   }
 
@@ -553,7 +548,7 @@
     const { tasks, stretches } = timeline;
     const end = stretches[stretches.length - 1][1] + 1;
     const sizeOf = (labels, label) => labels.filter((one) => one === label).length;
-    const colourOf = (labels, task) => (sizeOf(labels, labels[task]) < 2 ? "var(--alone)" : PALETTE[labels[task] % PALETTE.length]);
+    const colourOf = (labels, task) => (sizeOf(labels, labels[task]) < 2 ? "var(--alone)" : GROUPS[labels[task] % GROUPS.length]);
     const find = (batch) => {
       let low = 0, high = stretches.length - 1;
       while (low < high) {
@@ -676,7 +671,7 @@
     show(0);
     return el("section", { id: newId("metrics"), "data-name": "Metrics" },
       el("h2", {}, "Metrics"),
-      el("p", { class: "soft" }, "As the module logged them; of a population, means over its models."),
+      el("p", { class: "soft" }, `As the module logged them${run.fronts.some((front) => front.preferences.length) ? ", means over the models of the population" : ""}. Steps are counted from 1, as in the names of checkpoints; metrics.csv counts them from 0, and batches where a module accumulates their gradients.`),
       select.parentNode, host);
   }
 
@@ -685,7 +680,7 @@
       el("h2", {}, "Checkpoints"),
       checkpoints.map((one) => el("div", {},
         el("h3", {}, one.path),
-        one.problem ? el("p", {}, one.problem) : el("p", { class: "soft" }, `Epoch ${format(one.epoch)}, step ${format(one.step)}.`),
+        one.problem ? el("p", {}, one.problem) : el("p", { class: "soft" }, `Epoch ${format(one.epoch)}, after ${format(one.step)} steps.`),
         one.code ? codeBlock(one.code).host : null)));
   }
 

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 import mtl_lightning
+from mtl_lightning import palette
 from mtl_lightning.report.reading import Affinity, Checkpoint, Curve, Front, Model, Run, Timeline
 
 _T = TypeVar("_T")
@@ -47,6 +48,7 @@ def page(run: Run) -> str:
     parts = {
         "policy": f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'",
         "title": html.escape(_title(run.folder)),
+        "colours": _colours(),
         "style": style,
         "data": _embedded(_content(run)),
         "script": script,
@@ -80,6 +82,16 @@ def _title(folder: Path) -> str:
     return f"{folder.parent.name} / {folder.name}" if folder.name.startswith("version_") else folder.name
 
 
+def _colours() -> str:
+    """Return the colours of the figures as variables of the style, which replaces some of them in the dark."""
+    names = {"earlier": palette.EARLIER, "front": palette.INK, "grid": palette.GRID, "alone": palette.ALONE}
+    variables = {**names, "model": palette.MODEL}
+    # As numbers, to be mixed with the ground.
+    mixed = {"helps": palette.HELPS, "hurts": palette.HURTS}
+    variables |= {name: " ".join(map(str, palette.channels(colour))) for name, colour in mixed.items()}
+    return f":root {{ {' '.join(f'--{name}: {value};' for name, value in variables.items())} }}"
+
+
 def _embedded(content: Any) -> str:
     """Return JSON that can stand in a script element: nothing in it can end the element or open another."""
     text = json.dumps(_finite(content), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
@@ -105,6 +117,11 @@ def _content(run: Run) -> dict[str, Any]:
         "folder": str(run.folder),
         "release": mtl_lightning.__version__,
         "facts": dict(run.facts),
+        "palette": {
+            "groups": palette.GROUPS,
+            "preference": [palette.channels(colour) for colour in palette.PREFERENCE],
+            "strength": palette.STRENGTH,
+        },
         "checkpoints": [_checkpoint(run, checkpoint) for checkpoint in run.checkpoints],
         "fronts": [_front(run, front) for front in run.fronts],
         "curves": [_curve(curve) for curve in run.curves],

@@ -26,6 +26,7 @@ _ROW_OF_MODEL = ("epoch", "step", "subproblem", "nondominated")
 _AFFINITY = ["epoch", "batch", "from", "to", "value"]
 _TIMELINE = ["from_batch", "to_batch", "groups"]
 _COST = ["epoch", "forwards", "backwards", "optimizer_steps", "batches", "samples", "seconds", "peak_memory_mib"]
+_LOGGED = "logged_step"  # the step of a validation in loggers, not in tables of earlier releases
 _ABSENT = -1
 
 
@@ -159,7 +160,8 @@ class Run:
         affinities: See :class:`Affinity`.
         timeline: See :class:`Timeline`.
         costs: One row per epoch, from ``CostCallback``; totals since the start.
-        metrics: From the name of what ``CSVLogger`` wrote to its steps and values.
+        metrics: From the name of what ``CSVLogger`` wrote to its steps and values. It counts steps from 0, here they
+            are counted from 1, as in the names of checkpoints.
         checkpoints: See :class:`Checkpoint`.
         missing: What could be shown and is not there, and who writes it.
     """
@@ -218,7 +220,7 @@ def read_run(folder: Path) -> Run:
     config = _config(folder)
     checkpoints = tuple(_checkpoint(folder, path) for path in sorted(folder.rglob("*.ckpt")))
     fronts, problems = _fronts(folder, tables)
-    curves = tuple(_curve(path, columns[2]) for path, columns in tables.items() if _is_curve(columns))
+    curves = tuple(_curve(path, columns[-2]) for path, columns in tables.items() if _is_curve(columns))
     affinities = tuple(_affinity(path) for path, columns in tables.items() if columns == _AFFINITY)
     timelines = [path for path, columns in tables.items() if columns == _TIMELINE]
     costs = [path for path, columns in tables.items() if columns == _COST]
@@ -282,7 +284,8 @@ def _is_run(folder: Path) -> bool:
 
 
 def _is_curve(columns: Sequence[str]) -> bool:
-    return len(columns) == 4 and columns[:2] == ["epoch", "step"] and columns[3] == f"{columns[2]}/archive"
+    own = [column for column in columns if column != _LOGGED]
+    return len(own) == 4 and own[:2] == ["epoch", "step"] and own[3] == f"{own[2]}/archive"
 
 
 def _newest(paths: Iterable[Path]) -> Path | None:
@@ -368,7 +371,7 @@ def _front(path: Path, name: str, columns: Sequence[str], objectives: Any) -> Fr
         )
     rows = read_rows(path, [*_ROW_OF_MODEL, *objectives])
     preferences = [column for column in columns if column.startswith(_PREFERENCE) and column not in objectives]
-    known = {*_ROW_OF_MODEL, *objectives, *preferences}
+    known = {*_ROW_OF_MODEL, _LOGGED, *objectives, *preferences}
     metrics = [column for column in columns if column not in known]
     models = tuple(
         Model(
@@ -455,7 +458,7 @@ def _metrics(path: Path) -> dict[str, tuple[tuple[int, float], ...]]:
     names = sorted(set(rows[0]) - {"step", "epoch"}) if rows else []
     found = {
         name: tuple(
-            (integer(path, row, "step"), value) for row in rows if (value := _plain(path, row, name)) is not None
+            (integer(path, row, "step") + 1, value) for row in rows if (value := _plain(path, row, name)) is not None
         )
         for name in names
     }

@@ -1,15 +1,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torchmetrics import MeanAbsoluteError
 
+from mtl_lightning.aggregation import UPGrad
 from mtl_lightning.callbacks.objectives import ObjectiveReader, ObjectivesCallback, Points, is_population
+from mtl_lightning.modules import GradientModule, MT2OModule, TaskGroupModule, WeightedModule
+from mtl_lightning.modules.base import MultiTaskModule
+from mtl_lightning.networks import MLP, MultiHeadNetwork
+from mtl_lightning.preferences import simplex_lattice
+from mtl_lightning.task import Task
 
 HOOKS = ("validation_step", "on_validation_epoch_end")
 NAMES: dict[str, Any] = {"val/left": "min", "val/right": "min"}
@@ -54,6 +63,85 @@ def test_population_objectives_can_be_metrics_and_losses(
     expected = torch.stack([1.0 - script[..., 1], script[..., 0]], dim=-1)
     torch.testing.assert_close(torch.stack([points.values for points in recorder.seen]), expected.double())
     assert recorder.reader.signs.tolist() == [-1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("objectives", "alike"),
+    [
+        ({"val_loss/right": "min", "val_loss/left": "min"}, ("right", "left")),
+        ({"val_loss/left": "min", "val_accuracy/right": "max"}, ("left", "accuracy/right")),
+    ],
+)
+def test_the_names_under_which_means_are_logged_stand_for_the_values_of_each_model(
+    population: Callable[..., Any],
+    make_trainer: Callable[..., pl.Trainer],
+    script: Tensor,
+    objectives: dict[str, Any],
+    alike: tuple[str, str],
+) -> None:
+    logged = Recorder(objectives)
+    short = Recorder(dict(zip(alike, objectives.values(), strict=True)))
+    make_trainer(logged, short).fit(population(script))
+    assert dict(logged.objectives) == objectives
+    assert len(logged.seen[0].values) == 4
+    for found, expected in zip(logged.seen, short.seen, strict=True):
+        assert torch.equal(found.values, expected.values)
+
+
+NETWORKS: dict[str, Callable[..., MultiTaskModule]] = {
+    "weighted": WeightedModule,
+    "gradient": partial(GradientModule, aggregator=UPGrad()),
+    "groups": TaskGroupModule,
+}
+TASKS = ("left", "right")
+
+
+def _batches() -> DataLoader[Any]:
+    inputs, targets = torch.randn(12, 3), torch.randn(12, 2)
+    rows: Any = list(zip(inputs, targets, strict=True))
+
+    def collate(batch: list[Any]) -> Any:
+        columns = torch.stack([target for _, target in batch]).T.unsqueeze(2)
+        return torch.stack([features for features, _ in batch]), dict(zip(TASKS, columns, strict=True))
+
+    return DataLoader(rows, batch_size=4, collate_fn=collate)
+
+
+def _make(kind: Callable[..., Any], **arguments: Any) -> Any:
+    return kind(
+        network=MultiHeadNetwork(MLP(3, [4]), {name: nn.Linear(4, 1) for name in TASKS}),
+        tasks=[Task(name, nn.MSELoss(), MeanAbsoluteError()) for name in TASKS],
+        optimizer=partial(torch.optim.SGD, lr=0.1),
+        **arguments,
+    )
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_one_network_of_this_library_has_its_validation_losses_as_objectives(
+    make_trainer: Callable[..., pl.Trainer], kind: str
+) -> None:
+    class Logged(pl.Callback):
+        def __init__(self) -> None:
+            self.losses: list[list[float]] = []
+
+        def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            self.losses.append([float(trainer.callback_metrics[f"val_loss/{name}"]) for name in TASKS])
+
+    recorder, logged = Recorder(), Logged()
+    make_trainer(recorder, logged).fit(_make(NETWORKS[kind]), _batches(), _batches())
+    assert dict(recorder.objectives) == {"val_loss/left": "min", "val_loss/right": "min"}
+    assert [points.values.tolist() for points in recorder.seen] == [[row] for row in logged.losses]
+
+
+def test_the_same_objectives_are_read_of_one_network_and_of_each_model_of_a_population(
+    make_trainer: Callable[..., pl.Trainer],
+) -> None:
+    objectives: Any = {"val_loss/left": "min", "val_mean_absolute_error/right": "min"}
+    preferences = simplex_lattice(num_tasks=2, num_divisions=2)
+    for module, number in ((_make(WeightedModule), 1), (_make(MT2OModule, preferences=preferences, backend="loop"), 3)):
+        recorder = Recorder(objectives)
+        make_trainer(recorder).fit(module, _batches(), _batches())
+        assert [tuple(points.values.shape) for points in recorder.seen] == [(number, 2)] * 3
 
 
 @pytest.mark.parametrize("sanity_steps", [0, 2])
@@ -121,7 +209,8 @@ def test_other_modules_need_objectives_before_training(
 ) -> None:
     module = single(torch.rand(3, 2), "validation_step")
     with pytest.raises(
-        ValueError, match=r"`objectives` should name logged validation metrics.*Found none, and a Single"
+        ValueError,
+        match=r"`objectives` should name logged validation metrics.*'val_loss/left'.*Found none, and a Single",
     ):
         make_trainer(Recorder()).fit(module)
     assert module.count == 0

@@ -39,13 +39,13 @@ def test_archive_of_a_population(
     script = torch.tensor([[[4.0, 1.0], [1.0, 4.0]], [[3.0, 1.0], [2.0, 5.0]]])
     callback = ParetoFrontCallback(dirpath=tmp_path)
     make_trainer(callback, max_epochs=2).fit(population(script))
-    columns = ["epoch", "step", "subproblem", "preference/left", "preference/right", "left", "right"]
+    columns = ["epoch", "step", "logged_step", "subproblem", "preference/left", "preference/right", "left", "right"]
     columns += ["accuracy/left", "accuracy/right", "nondominated"]
     expected = [
-        [0, 4, 0, 0.0, 1.0, 4.0, 1.0, -3.0, 0.0, False],
-        [0, 4, 1, 1.0, 0.0, 1.0, 4.0, 0.0, -3.0, True],
-        [1, 8, 0, 0.0, 1.0, 3.0, 1.0, -2.0, 0.0, True],
-        [1, 8, 1, 1.0, 0.0, 2.0, 5.0, -1.0, -4.0, False],
+        [0, 4, 3, 0, 0.0, 1.0, 4.0, 1.0, -3.0, 0.0, False],
+        [0, 4, 3, 1, 1.0, 0.0, 1.0, 4.0, 0.0, -3.0, True],
+        [1, 8, 7, 0, 0.0, 1.0, 3.0, 1.0, -2.0, 0.0, True],
+        [1, 8, 7, 1, 1.0, 0.0, 2.0, 5.0, -1.0, -4.0, False],
     ]
     assert callback.archive == [dict(zip(columns, row, strict=True)) for row in expected]
     assert callback.front == callback.archive[1:3]
@@ -155,7 +155,7 @@ def test_tensorboard_receives_the_figure(
     events = accumulator.EventAccumulator(logger.log_dir, size_guidance={"images": 0})
     events.Reload()
     images = events.Images("pareto_front")
-    assert [image.step for image in images] == [4, 8]
+    assert [image.step for image in images] == [3, 7]
     assert callback.folder == Path(logger.log_dir, "pareto_front")
     with Image.open(callback.folder / "front.png") as picture:
         assert (images[0].width, images[0].height) == picture.size
@@ -174,7 +174,7 @@ def test_loggers_with_log_image_receive_the_figure(
 
     logger = ImageLogger()
     make_trainer(ParetoFrontCallback(), logger=logger, max_epochs=2).fit(population(torch.rand(2, 4, 2)))
-    assert logger.images == [("pareto_front", 4, (3,)), ("pareto_front", 8, (3,))]
+    assert logger.images == [("pareto_front", 3, (3,)), ("pareto_front", 7, (3,))]
 
 
 def _module(kind: str, population: Callable[..., Any], single: Callable[..., Any]) -> tuple[Any, Any]:

@@ -2,8 +2,11 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import random
 from collections.abc import Callable
+from datetime import timedelta
+from functools import partial
 from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
@@ -12,12 +15,17 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy
 from matplotlib import pyplot
 from sklearn.metrics import adjusted_rand_score
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from mtl_lightning.callbacks import TaskGroupCallback
+from mtl_lightning.grouping import Threshold
+from mtl_lightning.modules import TaskGroupModule
+from mtl_lightning.networks import MLP, MultiHeadNetwork
+from mtl_lightning.task import Task
 
 Groups = list[list[str]]
 
@@ -257,3 +265,61 @@ def test_tasks_alone_are_grey_and_those_together_of_one_colour(make_trainer: Cal
     assert a == c
     assert b == d != a
     assert max(a) - min(a) < 0.05
+
+
+def _uneven_batches() -> DataLoader[Any]:
+    """Samples by turns for two ranks, of which the second one knows nothing of the tasks c and d."""
+    inputs, targets = torch.randn(48, 3), torch.randint(3, (48, 4))
+    targets[1::2, 2:] = -100  # no label
+    rows: Any = list(zip(inputs, targets, strict=True))
+
+    def collate(batch: list[Any]) -> Any:
+        columns = torch.stack([target for _, target in batch]).T
+        return torch.stack([features for features, _ in batch]), dict(zip("abcd", columns, strict=True))
+
+    return DataLoader(rows, batch_size=4, collate_fn=collate)
+
+
+@pytest.mark.usefixtures("forked")
+def test_ranks_agree_and_only_rank_zero_writes(
+    make_trainer: Callable[..., pl.Trainer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Report(pl.Callback):
+        def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            logged = {name: float(value) for name, value in trainer.logged_metrics.items() if "groups/" in name}
+            found = [callback.timeline, callback.together.tolist(), callback.history, logged]
+            (tmp_path / f"rank-{trainer.global_rank}.json").write_text(json.dumps(found))
+
+    replace = os.replace
+
+    def recording(source: Any, target: Any) -> None:
+        with (tmp_path / "writers").open("a") as file:
+            file.write(f"{torch.distributed.get_rank()}\n")
+        replace(source, target)
+
+    monkeypatch.setattr("mtl_lightning.callbacks.output.os.replace", recording)
+    module = TaskGroupModule(
+        network=MultiHeadNetwork(MLP(3, [4]), {name: nn.Linear(4, 3) for name in "abcd"}),
+        tasks=[Task(name, nn.CrossEntropyLoss()) for name in "abcd"],
+        optimizer=partial(torch.optim.SGD, lr=0.1),
+        grouping=Threshold(),
+        affinity_decay=0.5,
+        warmup_batches=1,
+    )
+    callback = TaskGroupCallback(dirpath=tmp_path / "groups")
+    strategy = DDPStrategy(start_method="fork", process_group_backend="gloo", timeout=timedelta(seconds=60))
+    make_trainer(callback, Report(), devices=2, strategy=strategy).fit(module, _uneven_batches())
+    found, other = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2))
+    assert found == other
+    timeline, together, history, logged = found
+    # What one rank knows nothing of is in the groups of both, and groups change, so that they could have differed.
+    assert {name for _, _, groups in timeline for group in groups for name in group} == set("abcd")
+    assert len(timeline) > 2
+    assert logged["groups/number"] == pytest.approx(history[-1]["number"])
+    assert set((tmp_path / "writers").read_text().split()) == {"0"}
+    folder = tmp_path / "groups"
+    assert [[float(row[name]) for name in "abcd"] for row in _read(folder / "together.csv")] == together
+    rows = [{name: float(value) for name, value in row.items()} for row in _read(folder / "groups.csv")]
+    assert rows == history
+    expected = {"groups.csv", "timeline.csv", "together.csv", "timeline.png", "together.png"}
+    assert {path.name for path in folder.iterdir()} == expected

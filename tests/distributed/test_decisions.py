@@ -72,7 +72,8 @@ class Write(Callback):
 
 def _train(rule: TransferRule, strategy: Any, data: Any, folder: Path) -> None:
     folder.mkdir()
-    front, curve = ParetoFrontCallback(dirpath=folder / "front", figure_every=0), HypervolumeCallback()
+    front = ParetoFrontCallback(dirpath=folder / "front", figure_every=0)
+    curve = HypervolumeCallback(dirpath=folder / "front")
     module: MT2OModule = mt2o(
         transfer=Kept(rule),
         preferences=simplex_lattice(num_tasks=2, num_divisions=4),

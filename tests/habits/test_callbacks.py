@@ -160,8 +160,8 @@ def test_accumulation_by_a_callback_is_refused_by_the_name_of_ours(name: str) ->
 
 @every_module
 @pytest.mark.parametrize("interval", [1.0, 0.4])
-def test_early_stopping_on_the_hypervolume_waits_for_its_patience(name: str, interval: float) -> None:
-    volume = HypervolumeCallback((20.0, 20.0), **objectives(name))
+def test_early_stopping_on_the_hypervolume_waits_for_its_patience(name: str, interval: float, tmp_path: Path) -> None:
+    volume = HypervolumeCallback((20.0, 20.0), **objectives(name), dirpath=tmp_path)
     # Nothing improves by so much, so the first validation stays the best.
     stop = EarlyStopping("hypervolume", mode="max", min_delta=1e9, patience=2)
     run = trainer([volume, stop], max_epochs=10, val_check_interval=interval)

@@ -92,8 +92,10 @@ def test_limits_of_batches_are_kept(name: str) -> None:
     ],
     ids=str,
 )
-def test_validation_comes_when_the_flags_say(name: str, flags: dict[str, Any], expected: list[int]) -> None:
-    batches, volume = Batches(), HypervolumeCallback((5.0, 5.0), **objectives(name))
+def test_validation_comes_when_the_flags_say(
+    name: str, flags: dict[str, Any], expected: list[int], tmp_path: Path
+) -> None:
+    batches, volume = Batches(), HypervolumeCallback((5.0, 5.0), **objectives(name), dirpath=tmp_path)
     run = trainer([batches, volume], max_epochs=2, **flags)
     run.fit(MODULES[name](), train_loader(), val_loader())
     assert batches.validated_at == expected

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,8 +17,8 @@ SHOWN = ("train_loss", "val_loss", "hypervolume")
 
 
 @every_module
-def test_tqdm_shows_our_quantities(name: str, capsys: Any) -> None:
-    callbacks = [TQDMProgressBar(), HypervolumeCallback((20.0, 20.0), **objectives(name))]
+def test_tqdm_shows_our_quantities(name: str, capsys: Any, tmp_path: Path) -> None:
+    callbacks = [TQDMProgressBar(), HypervolumeCallback((20.0, 20.0), **objectives(name), dirpath=tmp_path)]
     trainer(callbacks, max_epochs=2, enable_progress_bar=True).fit(MODULES[name](), train_loader(), val_loader())
     text = "".join(capsys.readouterr())
     for key in SHOWN:
@@ -25,11 +26,11 @@ def test_tqdm_shows_our_quantities(name: str, capsys: Any) -> None:
 
 
 @every_module
-def test_rich_shows_our_quantities(name: str) -> None:
+def test_rich_shows_our_quantities(name: str, tmp_path: Path) -> None:
     pytest.importorskip("rich")
     file = io.StringIO()
     bar = RichProgressBar(console_kwargs={"file": file, "force_terminal": True, "width": 200})
-    callbacks = [bar, HypervolumeCallback((20.0, 20.0), **objectives(name))]
+    callbacks = [bar, HypervolumeCallback((20.0, 20.0), **objectives(name), dirpath=tmp_path)]
     trainer(callbacks, max_epochs=2, enable_progress_bar=True).fit(MODULES[name](), train_loader(), val_loader())
     text = file.getvalue()
     for key in SHOWN:

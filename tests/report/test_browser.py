@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.colors import to_hex
 
+from mtl_lightning.callbacks import ParetoFrontCallback
+from mtl_lightning.palette import ALONE, EARLIER, GROUPS, INK, MODEL, PREFERENCE, channels
 from mtl_lightning.report import page, read_run, write_page
 from mtl_lightning.report.reading import Run
 
@@ -188,6 +191,68 @@ def test_a_run_of_one_model_picks_among_its_checkpoints(opened: Any, single: Pat
     shown.set("[id^=front] select", 3, "change")
     assert "step=3.ckpt" in shown.code
     assert "step=9.ckpt" not in shown.code
+
+
+def test_a_population_is_spoken_of_where_there_is_one(
+    opened: Any, trained: tuple[Path, list[Any]], single: Path
+) -> None:
+    text = "document.body.innerText"
+    assert "means over the models of the population" in opened(read_run(trained[0])).js(text)
+    shown = opened(read_run(single))
+    assert "As the module logged them." in shown.js(text)
+    assert "population" not in shown.js(text)
+
+
+def test_a_validation_has_one_step_in_all_sections(opened: Any, single: Path) -> None:
+    shown = opened(read_run(single))
+    assert "epoch 2, after 9 steps" in shown.js("document.querySelector('.pick').innerText")
+    assert shown.js("document.querySelector('[id^=metrics] .readout').textContent").startswith("step 9:")
+    assert "Epoch 2, after 9 steps." in shown.js("document.querySelector('[id^=checkpoints]').innerText")
+
+
+def _rgb(colour: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in colour.partition("(")[2].rstrip(")").replace(",", " ").split()[:3])
+
+
+def test_a_model_has_the_colour_that_it_has_in_the_figure(
+    opened: Any, configured: Path, single: Path, grouped: tuple[Path, list[Any]]
+) -> None:
+    run = read_run(configured)
+    shown = opened(run)
+    circles = "[...document.querySelectorAll('circle.model')]"
+    numbers = shown.js(f"{circles}.map(c => Number(c.dataset.subproblem))")
+    colours = shown.js(f"{circles}.map(c => getComputedStyle(c).fill)")
+    drawn = _drawn_colours([model.preference[0] for model in run.fronts[0].models])
+    weights = {model.subproblem: model.preference[0] for model in run.fronts[0].models}
+    assert len(set(colours)) > 2
+    for number, colour in zip(numbers, colours, strict=True):
+        assert _rgb(colour) == pytest.approx(drawn[weights[number]], abs=2)  # one of 256 colours there
+    assert drawn[0.0] == channels(PREFERENCE[0])
+    shown.js("document.querySelector('[id^=front] input[type=checkbox]').click()")  # make room for all
+    others = shown.js("[...document.querySelectorAll('circle.other')].map(c => getComputedStyle(c).fill)")
+    assert others
+    assert {_rgb(colour) for colour in others} <= {channels(INK), channels(EARLIER)}
+    shown = opened(read_run(single))
+    assert _rgb(shown.js(f"getComputedStyle({circles}[0]).fill")) == channels(MODEL)
+    shown = opened(read_run(grouped[0]))
+    swatches = shown.js(
+        "[...document.querySelectorAll('[id^=groups] .swatch')].map(one => getComputedStyle(one).backgroundColor)"
+    )
+    assert swatches
+    assert {_rgb(one) for one in swatches} <= {channels(colour) for colour in (*GROUPS, ALONE)}
+
+
+def _drawn_colours(weights: list[float]) -> dict[float, tuple[int, int, int]]:
+    """Return the colours in the figure of the callback of models with these weights of the first task."""
+    callback = ParetoFrontCallback({"a": "min", "b": "min"})
+    rows = [
+        {"epoch": 0, "step": 1, "subproblem": index, "preference/a": weight, "a": weight, "b": -weight}
+        for index, weight in enumerate(weights)
+    ]
+    callback.load_state_dict({"rows": rows, "num_validations": 1})
+    *_, points = callback.figure().axes[0].collections
+    faces: Any = points.get_facecolor()
+    return {weight: channels(to_hex(face)) for weight, face in zip(weights, faces, strict=True)}
 
 
 @pytest.mark.parametrize(

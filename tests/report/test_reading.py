@@ -41,6 +41,36 @@ def test_the_front_is_the_archive_of_the_callback(trained: tuple[Path, list[Any]
     assert curve.reference_point == dict.fromkeys(NAMES, 4.0)
 
 
+def test_one_validation_has_one_step_in_front_curve_metrics_and_checkpoints(
+    trained: tuple[Path, list[Any]], single: Path
+) -> None:
+    run = read_run(trained[0])
+    assert {model.step for model in run.fronts[0].models} == {3, 6, 9}
+    assert run.curves[0].steps == (3, 6, 9)
+    for name in ("val_loss", "hypervolume"):
+        assert [step for step, _ in run.metrics[name]] == [3, 6, 9]
+    run = read_run(single)
+    assert [model.step for model in run.fronts[0].models] == [3, 6, 9]
+    assert [step for step, _ in run.metrics["val_loss"]] == [3, 6, 9]
+    assert {one.step for one in run.checkpoints} == {3, 6, 9}
+
+
+def test_the_step_in_loggers_is_no_metric_and_tables_without_it_are_read(
+    trained: tuple[Path, list[Any]], copied: Callable[[Path], Path]
+) -> None:
+    folder = copied(trained[0])
+    expected = read_run(folder)
+    assert "logged_step" not in expected.fronts[0].metric_names
+    for name in ("archive", "hypervolume"):  # as releases before have written them
+        path = folder / "pareto_front" / f"{name}.csv"
+        with path.open(newline="", encoding="utf-8") as file:
+            columns, *rows = csv.reader(file)
+        place = columns.index("logged_step")
+        _write(path, *([*row[:place], *row[place + 1 :]] for row in (columns, *rows)))
+    run = read_run(folder)
+    assert (run.fronts, run.curves) == (expected.fronts, expected.curves)
+
+
 def test_metrics_of_each_model_are_read(configured: Path) -> None:
     (front,) = read_run(configured).fronts
     assert front.metric_names == ("accuracy/left", "accuracy/right")
@@ -88,7 +118,7 @@ def test_affinity_groups_and_cost_are_those_of_the_callbacks(grouped: tuple[Path
     assert [list(row) for row in run.timeline.together] == groups.together.tolist()
     assert run.costs[-1]["forwards"] == cost.totals.forwards
     assert run.costs[-1]["seconds"] == cost.totals.seconds
-    assert run.metrics[f"val_loss/{NAMES[0]}"][-1][0] == 8
+    assert run.metrics[f"val_loss/{NAMES[0]}"][-1][0] == 9  # in the file from 0
 
 
 def test_what_is_missing_is_named_with_its_writer(grouped: tuple[Path, list[Any]], configured: Path) -> None:
@@ -174,7 +204,7 @@ def test_the_newest_version_is_taken(tmp_path: Path, single: Path) -> None:
 def test_the_metrics_of_the_newest_logger_are_taken(tmp_path: Path) -> None:
     for version in (2, 10):
         _write(tmp_path / "logs" / f"version_{version}" / "metrics.csv", ["epoch", "step", "x"], [0, 1, version])
-    assert read_run(tmp_path).metrics == {"x": ((1, 10.0),)}
+    assert read_run(tmp_path).metrics == {"x": ((2, 10.0),)}
 
 
 @pytest.mark.parametrize("kind", ["nothing", "folder", "neighbours"])
