@@ -13,6 +13,39 @@ from mtl_lightning.grouping import GroupingRule, check_partition
 from mtl_lightning.seeds import mix_seed
 
 
+class _ReadAhead:
+    """The affinity on its way from the device, which goes on with its work meanwhile."""
+
+    def __init__(self) -> None:
+        self._copy: Tensor | None = None
+        self._event: Any = None
+        self._versions: list[tuple[int, int]] = []
+
+    def send(self, affinity: ProximalAffinity) -> None:
+        """Send off the matrix as it will be after what the device has been given to do."""
+        matrix = affinity.matrix
+        self._copy = torch.empty(matrix.shape, dtype=matrix.dtype, pin_memory=True)
+        self._copy.copy_(matrix, non_blocking=True)
+        self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._event.record()
+        self._versions = self._versions_of(affinity)
+
+    def take(self, affinity: ProximalAffinity) -> Tensor:
+        """Return the matrix on the host: what was sent off, unless the affinity has changed since."""
+        copy, event, self._copy, self._event = self._copy, self._event, None, None
+        if copy is None or self._versions != self._versions_of(affinity):
+            return affinity.matrix.cpu()
+        event.synchronize()
+        return copy
+
+    @staticmethod
+    def _versions_of(affinity: ProximalAffinity) -> list[tuple[int, int]]:
+        return [(id(tensor), tensor._version) for tensor in (affinity.average, affinity.counts)]
+
+    def __reduce__(self) -> Any:
+        return type(self), ()  # a copy has nothing on its way, and events cannot be copied
+
+
 class GroupUpdates(nn.Module):
     """The partition of the tasks, the order of the groups in a batch, and the affinity measured between their steps.
 
@@ -26,6 +59,9 @@ class GroupUpdates(nn.Module):
             one step for the losses of this group
         if the last step is to be measured:
             updates.observe(None, losses)
+
+    From a CUDA device the affinity is sent to the host with the last of these losses, before the backward pass that
+    follows them: the groups of the next batch are made while the device is busy with that pass.
 
     Args:
         grouping: The rule that makes groups from the affinity.
@@ -80,6 +116,8 @@ class GroupUpdates(nn.Module):
         self._regrouped_at: int | None = None
         self._stepped: Sequence[int] | None = None
         self._before: Tensor | None = None
+        self._read_ahead = _ReadAhead()
+        self._next_batch = 0
 
     def begin(self, batch: int, seed: int) -> list[list[int]]:
         """Return the groups of a batch, in the order of their updates.
@@ -92,8 +130,10 @@ class GroupUpdates(nn.Module):
             ValueError: If the rule returns no partition.
         """
         self.forget()
+        self._next_batch = batch + 1
         if self._is_due(batch):
-            self.partition = self.grouping(self.affinity.matrix)
+            reads = self.grouping.reads_affinity
+            self.partition = self.grouping(self._read_ahead.take(self.affinity) if reads else self.affinity.matrix)
             check_partition(self.partition, self.affinity.num_tasks, self.grouping)
             self._regrouped_at = batch
         order = list(self.partition)
@@ -103,16 +143,20 @@ class GroupUpdates(nn.Module):
             order = [order[place] for place in torch.randperm(len(order), generator=generator).tolist()]
         return order * 2 if len(order) == 1 and self.single_group == "repeat" else order
 
-    def observe(self, group: Sequence[int] | None, losses: Tensor) -> None:
+    def observe(self, group: Sequence[int] | None, losses: Tensor, *, is_last: bool = False) -> None:
         """Take up the losses of all tasks just before the step of ``group``: they are those after the step before it.
 
         Args:
             group: The tasks that step next; ``None`` after the last step.
             losses: Of all tasks, shape ``(T,)``, unweighted; NaN where there is none.
+            is_last: Whether nothing else is observed in this batch, so that the affinity may be sent to the host.
         """
         if self._stepped is not None and self._before is not None:
             self.affinity.update(self._stepped, self._before, losses, next_group=group)
         self._stepped, self._before = group, losses
+        is_read_next = self.grouping.reads_affinity and self._is_due(self._next_batch)
+        if is_last and is_read_next and self.affinity.average.is_cuda:
+            self._read_ahead.send(self.affinity)
 
     def forget(self) -> None:
         """Leave the last step unmeasured: at the end of a batch, or if that step did not happen."""

@@ -15,6 +15,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.utils import _pytree as pytree
 
+from mtl_lightning.devices import is_read_at_once
+
 
 class GradientGate:
     """Keeps the gradient of a task whose loss is not finite from what other tasks share with it.
@@ -24,10 +26,21 @@ class GradientGate:
 
     Attributes:
         is_open: By task, whether its gradient passes; boolean tensors of shape ``()``, set before the backward pass.
+            The gradient of a task that is not named passes as it is.
     """
 
     def __init__(self) -> None:
         self.is_open: Mapping[str, Tensor] = {}
+
+    def decide(self, tasks: Sequence[str], losses: Tensor) -> None:
+        """Let the gradients of ``tasks`` pass whose losses, shape ``(T',)``, are finite.
+
+        A device is not asked: there every gradient is selected, which reads and writes it once more.
+        """
+        finite = losses.isfinite()
+        passes = finite.tolist() if is_read_at_once(losses) else [False] * len(tasks)
+        flags = zip(tasks, finite.unbind(), passes, strict=True)
+        self.is_open = {task: flag for task, flag, is_known_to_pass in flags if not is_known_to_pass}
 
     def guard(self, task: str, tree: Any) -> Any:
         """Return ``tree`` with every tensor that has a graph behind the gate of ``task``."""

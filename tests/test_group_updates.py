@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -152,6 +153,37 @@ def test_the_state_goes_on() -> None:
             for group in again.begin(earlier, seed=0):
                 again.observe(group, torch.rand(4, generator=generator) + 0.5)
         assert resumed.begin(batch, seed=0) == again.begin(batch, seed=0)
+
+
+def _partitions(device: str, reset_at: int | None = None) -> tuple[list[list[list[int]]], Tensor]:
+    course = updates(Threshold(), decay=0.5, warmup_batches=1).to(device)
+    losses, found = torch.Generator().manual_seed(0), []
+    for batch in range(12):
+        order = course.begin(batch, seed=0)
+        found.append(course.partition)
+        for place, group in enumerate(order):
+            values = (torch.rand(4, generator=losses, dtype=torch.float64) + 0.5).to(device)
+            course.observe(group, values, is_last=place == len(order) - 1)
+        if batch == reset_at:
+            course.affinity.reset()
+    return found, course.affinity.matrix.cpu()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("reset_at", [None, 5])
+def test_what_is_sent_ahead_from_a_gpu_gives_the_groups_of_the_cpu(reset_at: int | None) -> None:
+    found, matrix = _partitions("cuda", reset_at)
+    expected, reference = _partitions("cpu", reset_at)
+    assert found == expected
+    torch.testing.assert_close(matrix, reference)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_copy_has_nothing_on_its_way_from_a_gpu() -> None:
+    course = updates(Threshold(), warmup_batches=0).to("cuda")
+    for group in course.begin(0, seed=0):
+        course.observe(group, torch.rand(4, device="cuda") + 0.5, is_last=True)
+    assert copy.deepcopy(course).begin(1, seed=0) == course.begin(1, seed=0)
 
 
 @pytest.mark.parametrize(

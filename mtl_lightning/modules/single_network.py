@@ -187,8 +187,29 @@ class SingleNetworkModule(MultiTaskModule):
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Count the labels while they are on the host, where reading the counts waits for nothing."""
         if self.trainer.training and self._has_labels_before_transfer():
-            self._counts_on_host = self.count_labels(self.unpack_batch(batch)[1]).tolist()
+            targets = self.unpack_batch(batch)[1]
+            self._counts_on_host = self._presence(targets) or self.count_labels(targets).tolist()
         return batch
+
+    def _presence(self, targets: Any) -> list[float] | None:
+        """Return a count of labels for each task that stands for all of them, if there is one.
+
+        Where a batch is an update on one rank, its losses are the means already, and all that counts is whether there
+        are labels. In most data the first sample tells; counting those of dense targets can take longer than a step.
+        """
+        is_whole = self.trainer.world_size == 1 and self.accumulate_batches == 1
+        # An override may count otherwise than label by label.
+        is_plain = type(self).count_labels is MultiTaskModule.count_labels and all(
+            type(task).num_labels is Task.num_labels for task in self.tasks
+        )
+        if not is_whole or not is_plain or not isinstance(targets, Mapping):
+            return None
+        first = {
+            name: target[:1] if isinstance(target, Tensor) and target.ndim else target
+            for name, target in targets.items()
+        }
+        counts: list[float] = self.count_labels(first).tolist()
+        return counts if all(counts) else None
 
     def _has_labels_before_transfer(self) -> bool:
         """Return whether the targets are known, and final, before the batch is on the device."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -323,15 +323,12 @@ class TaskGroupModule(SingleNetworkModule):
         order = [group for group in ([task for task in group if task in present] for group in self._order) if group]
         tracked = self.track_every > 0 and self._steps % self.track_every == 0
         first: Tensor | None = None
-        for place, group in enumerate(order):
-            measured = present if tracked else group
-            losses = self._backward(group, measured)
-            first = losses if first is None else torch.where(first.isnan(), losses, first)
-            if tracked:
-                self.updates.observe(group, losses)
-            self._step(group, is_last=place == len(order) - 1)
-        if order and tracked and self.measure_last:
-            self.updates.observe(None, self._backward([], present))
+        passes: list[list[int]] = [*order, []] if order and tracked and self.measure_last else order
+        for place, group in enumerate(passes):
+            losses = self._backward(group, present if tracked else group, tracked, place == len(passes) - 1)
+            if group:
+                first = losses if first is None else torch.where(first.isnan(), losses, first)
+                self._step(group, is_last=place == len(order) - 1)
         self.updates.forget()
         if first is not None:
             self.health.finish_batch()
@@ -346,25 +343,42 @@ class TaskGroupModule(SingleNetworkModule):
             part.shares = self.label_shares(part.counts, totals)
         return [task for task, total in enumerate(totals) if total]
 
-    def _backward(self, group: Sequence[int], measured: Sequence[int]) -> Tensor:
+    def _backward(self, group: Sequence[int], measured: Sequence[int], tracked: bool, is_last: bool) -> Tensor:
         """Add the gradients of the losses of a group; return the measured losses of all labels, shape ``(T,)``.
 
-        Losses that are not measured are NaN. With an empty group nothing has a graph.
+        Args:
+            group: The tasks that step; with none nothing has a graph.
+            measured: The tasks whose losses are measured; those of others are NaN.
+            tracked: Whether the losses enter the affinity.
+            is_last: Whether it is the last pass over the batches.
         """
-        return torch.stack([self._pass(part, group, measured) for part in self._parts]).sum(dim=0)
+        values: list[Tensor] = []
 
-    def _pass(self, part: _Part, group: Sequence[int], measured: Sequence[int]) -> Tensor:
-        """Do the same for one batch; what it returns is the part of this batch. Nothing else of the pass is kept."""
+        def take(own: Tensor) -> None:
+            values.append(own)
+            if tracked and len(values) == len(self._parts):
+                self.updates.observe(group or None, _sum(values), is_last=is_last)
+
+        for part in self._parts:
+            self._pass(part, group, measured, take)
+        return _sum(values)
+
+    def _pass(self, part: _Part, group: Sequence[int], measured: Sequence[int], take: Callable[[Tensor], None]) -> None:
+        """Do the same for one batch; ``take`` gets the losses of this batch. Nothing else of the pass is kept."""
         gate = GradientGate()
         with self._split.frozen(part.seen):
             outputs, own = self._evaluate_part(part, group, measured, gate)
+            part.seen.update(outputs)
             values = self.mean_over_labels(own, part.shares, measured)
+            # Before the backward pass, in which the device is busy while the host reads the affinity.
+            take(values)
             if group:
-                gate.is_open = {self.task_names[task]: values[task].isfinite() for task in measured}
+                gate.decide(self.task_names, values)
                 self.health.observe(group, values)
+                # What is only measured is not kept through the backward pass.
+                outputs = {self.task_names[task]: outputs[self.task_names[task]] for task in group}
+                own = {task: own[task] for task in group if task in own}
                 self._accumulate_gradients(part, group, outputs, own, gate)
-        part.seen.update(outputs)
-        return values
 
     def _evaluate_part(
         self, part: _Part, group: Sequence[int], measured: Sequence[int], gate: GradientGate
@@ -399,7 +413,8 @@ class TaskGroupModule(SingleNetworkModule):
                 stack.enter_context(gate.guarded_parameters(name, self.tasks[task].loss))
                 if task in own and own[task].requires_grad:
                     weighted = own[task] * (self.loss_weights[name] * part.shares[task])
-                    objective = objective + torch.where(gate.is_open[name], weighted, 0.0)
+                    is_open = gate.is_open.get(name)
+                    objective = objective + (weighted if is_open is None else torch.where(is_open, weighted, 0.0))
                 else:
                     # No labels here: the same graph as on the ranks that have some, with gradients of zero.
                     objective = objective + zero_of(outputs[name])
@@ -410,9 +425,10 @@ class TaskGroupModule(SingleNetworkModule):
     def _step(self, group: Sequence[int], is_last: bool) -> None:
         """Step the optimiser for the gradients of a group, and clear them."""
         self.finish_passes()
-        own = self._split.head_parameters()
-        inactive = {id(p) for task, name in enumerate(self.task_names) if task not in group for p in own[name]}
-        self.average_over_ranks(parameter for parameter in self.trained_parameters() if id(parameter) not in inactive)
+        if self.trainer.world_size > 1:
+            own = self._split.head_parameters()
+            inactive = {id(p) for task, name in enumerate(self.task_names) if task not in group for p in own[name]}
+            self.average_over_ranks(p for p in self.trained_parameters() if id(p) not in inactive)
         if self.inactive_heads == "zero_grad":
             self._zero_gradients()
         if not self.take_step(is_last):
@@ -562,6 +578,10 @@ class TaskGroupModule(SingleNetworkModule):
         self._kept_parts, self._parts = state["parts"], []
         self._order = state["order"]
         self._had_gradient = set(state["had_gradient"])
+
+
+def _sum(values: Sequence[Tensor]) -> Tensor:
+    return values[0] if len(values) == 1 else torch.stack(list(values)).sum(dim=0)
 
 
 def _checked_weights(weights: Mapping[str, float] | None, task_names: Sequence[str]) -> dict[str, float]:

@@ -20,10 +20,13 @@ from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import ProcessRaisedException
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torchmetrics import MeanSquaredError
 
+from mtl_lightning import split_network
+from mtl_lightning.group_updates import GroupUpdates
 from mtl_lightning.grouping import (
     AffinityPropagation,
     AllTogether,
@@ -35,6 +38,7 @@ from mtl_lightning.grouping import (
     Threshold,
 )
 from mtl_lightning.modules import TaskGroupModule
+from mtl_lightning.modules.health import TaskHealth
 from mtl_lightning.networks import MLP, MultiHeadNetwork
 from mtl_lightning.protocols import TaskGroupProtocol, TaskLossesProtocol
 from mtl_lightning.task import Task
@@ -525,26 +529,140 @@ def test_heads_outside_the_group_have_no_graph() -> None:
     assert sorted(graphs) == sorted((name, with_graph) for name in NAMES for with_graph in (True, False, False))
 
 
-def test_the_loop_over_the_groups_reads_nothing_from_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = task_groups(grouping=OneByOne(), measure_last=True)
-    trainer(limit_train_batches=1).fit(module, batches())  # what is done once is done now
-    inside = False
-    original = TaskGroupModule._update
+class _Reads(TorchFunctionMode):
+    """Notes what reads a tensor on the host, or copies numbers of Python into one, inside a training step.
 
-    def update(self: TaskGroupModule, batch_idx: int) -> None:
-        nonlocal inside
-        inside = True
-        original(self, batch_idx)
-        inside = False
+    Noted apart is what the rule and the report on sick tasks read, which was sent to the host before, and what
+    Lightning does with logged values in the batches that log.
+    """
 
-    class NoReading(TorchDispatchMode):  # type: ignore[no-untyped-call]
-        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            assert not (inside and function in (torch.ops.aten._local_scalar_dense.default,)), function
-            return function(*args, **(kwargs or {}))
+    READS = ("item", "tolist", "numpy", "cpu", "nonzero", "__bool__", "__float__", "__int__", "__index__", "__array__")
+    COPIES = (torch.tensor, torch.as_tensor, torch.from_numpy)
+    OPERATORS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "lift_fresh")
 
-    monkeypatch.setattr(TaskGroupModule, "_update", update)
-    with NoReading():  # type: ignore[no-untyped-call]
-        trainer(max_epochs=1, log_every_n_steps=1000).fit(module, batches(2))
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self.deferred: list[str] = []
+        self._place: list[list[str]] = []
+        reads = self
+
+        class Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
+            def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                reads.note(function.overloadpacket.__name__, reads.OPERATORS)
+                return function(*args, **(kwargs or {}))
+
+        self.operators = Operators()  # type: ignore[no-untyped-call]
+        for owner, name, into in (
+            (TaskGroupModule, "training_step", self.found),
+            (GroupUpdates, "begin", self.deferred),
+            (TaskHealth, "finish_batch", self.deferred),
+            (TaskGroupModule, "_log_training", self.deferred),
+        ):
+            monkeypatch.setattr(owner, name, self._inside(getattr(owner, name), into))
+
+    def _inside(self, method: Any, into: list[str]) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self._place.append(into)
+            result = method(*args, **kwargs)
+            self._place.pop()
+            return result
+
+        return call
+
+    def note(self, name: str, among: Sequence[str]) -> None:
+        if self._place and name in among:
+            self._place[-1].append(name)
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(function, "__name__", "")
+        self.note(name, self.READS)
+        if function in self.COPIES:
+            self.note(name, (name,))
+        return function(*args, **(kwargs or {}))
+
+
+_READING: list[dict[str, Any]] = [
+    {},
+    {"measure_last": True, "warmup_batches": 0, "grouping": Threshold(0.0)},
+    {"grouping": OneByOne(), "paired": False, "gradient_clip_norm": 1.0},
+    {"track_every": 0},
+    {"accumulate_batches": 2, "inactive_heads": "zero_grad"},
+]
+
+
+@pytest.mark.parametrize("arguments", _READING, ids=str)
+def test_nothing_waits_for_the_device_inside_a_batch(
+    arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(split_network, "is_read_at_once", lambda tensor: False)  # as of the tensors of a device
+    module = task_groups(**arguments)
+    trainer().fit(module, batches(2))  # what is done once is done now
+    reads = _Reads(monkeypatch)
+    with reads, reads.operators:
+        trainer(log_every_n_steps=1000).fit(module, batches(4))
+    assert reads.found == []
+    assert "tolist" in reads.deferred  # that of the health at least: else nothing was watched
+
+
+def test_on_the_cpu_a_pass_reads_the_losses_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = task_groups(measure_last=True)
+    trainer().fit(module, batches(2))
+    reads = _Reads(monkeypatch)
+    with reads, reads.operators:
+        trainer(log_every_n_steps=1000).fit(module, batches(4))
+    assert reads.found == ["tolist"] * 4 * 3
+
+
+@pytest.mark.filterwarnings("ignore:The loss of task")
+@pytest.mark.parametrize("split", [True, False])
+@pytest.mark.parametrize("kind", ["value", "gradient"])
+def test_what_the_cpu_knows_of_losses_changes_nothing(kind: str, split: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = batches()
+    data[1][1]["b"][:] = 1e6
+    states = []
+    for known in (True, False):
+        monkeypatch.setattr(split_network, "is_read_at_once", lambda tensor, known=known: known)
+        module = task_groups(
+            tasks=[Task(name, _Sick(kind) if name == "b" else nn.MSELoss()) for name in NAMES],
+            grouping=Fixed([["a", "b"], ["c", "d"]]),
+            network=network(split=split),
+            optimizer=OPTIMIZERS["adam"],
+        )
+        seed_everything(0)
+        trainer().fit(module, data)
+        states.append((flat(module), module.affinity_matrix, module.health.total))
+    assert all(torch.equal(known, asked) for known, asked in zip(*states, strict=True))
+
+
+class _BeforeBackward(Callback):
+    """What is known, and what is kept, when the backward passes of the first batch begin."""
+
+    def __init__(self) -> None:
+        self.measured: list[bool] = []
+        self.kept: list[int] = []
+        self._outputs: list[weakref.ref[Tensor]] = []
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        for head in pl_module.network.heads.values():
+            head.register_forward_hook(lambda _, __, output: self._outputs.append(weakref.ref(output)))
+
+    def on_before_backward(self, trainer: Trainer, pl_module: Any, loss: Tensor) -> None:
+        self.measured.append(bool(pl_module.updates.affinity.counts.any()))
+        self.kept.append(sum(output() is not None for output in self._outputs))
+        self._outputs.clear()
+
+
+def test_a_step_is_measured_before_the_backward_pass_of_the_next() -> None:
+    watch = _BeforeBackward()
+    trainer([watch], limit_train_batches=1).fit(task_groups(), batches())
+    assert watch.measured == [False, True, True]
+
+
+def test_predictions_that_are_only_measured_are_not_kept_through_the_backward_pass() -> None:
+    watch = _BeforeBackward()
+    trainer([watch], limit_train_batches=1).fit(task_groups(shuffle=False), batches())
+    assert all(kept <= trained for kept, trained in zip(watch.kept, (2, 1, 1), strict=True))
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -1428,6 +1546,18 @@ def test_batches_are_unpacked_once() -> None:
     data: Any = Batches({"inputs": inputs, **targets} for inputs, targets in batches())  # type: ignore[misc]
     trainer().fit(module, data)
     assert module.calls == 6
+
+
+def test_labels_that_the_first_sample_lacks_are_found() -> None:
+    data = batches(2)
+    for _, targets in data:
+        targets["b"][0] = torch.nan
+        targets["d"][:] = torch.nan
+    module = task_groups(tasks=[Task(name, _Masked()) for name in NAMES], grouping=OneByOne())
+    before = {name: head.weight.clone() for name, head in heads(module).items()}
+    trainer().fit(module, data)
+    moved = {name for name, head in heads(module).items() if not torch.equal(head.weight, before[name])}
+    assert moved == {"a", "b", "c"}
 
 
 def test_labels_may_be_counted_by_a_python_number() -> None:
