@@ -17,13 +17,18 @@ if TYPE_CHECKING:
 
 Sample = tuple[Tensor, dict[str, Tensor]]
 
+_MAP_SIZE = 1.6  # inches, like the next two
+_LETTER_WIDTH, _LINE_HEIGHT = 0.075, 0.16  # at the size of the text
+_FONT_SIZE = 8
+_LONG_NAME = 8  # letters; where one over text has more, all of them are written upright
+
 
 def preview_figure(datamodule: LightningDataModule, num_samples: int = 6, split: str = "train") -> Figure:
     """Return a figure with one row for each of the first samples and one column for the input and for each task.
 
     What is shown depends on the shape: maps of integers as classes, maps of one or two channels (the first) as a colour
-    scale, maps of three channels as colours, and everything else as text. Scales are those of the whole sheet. Missing
-    values, NaN or -1, are hatched.
+    scale, maps of three channels as colours, and everything else as text, in a column as narrow as that. Scales are
+    those of the whole sheet. Values that maps lack, NaN or -1, are hatched.
 
     Args:
         datamodule: Its batches are ``(inputs, {task: target})``. It is prepared and set up here.
@@ -36,15 +41,21 @@ def preview_figure(datamodule: LightningDataModule, num_samples: int = 6, split:
     from matplotlib.figure import Figure
 
     samples = list(_samples(datamodule, num_samples, split))
-    names = list(samples[0][1])
-    figure = Figure(figsize=(1.6 * (len(names) + 1), 1.6 * len(samples) + 0.5), layout="constrained")
-    axes = figure.subplots(len(samples), len(names) + 1, squeeze=False)
-    for column, name in enumerate(["input", *names]):
-        cells = [inputs if name == "input" else targets[name] for inputs, targets in samples]
+    columns = [("input", [inputs for inputs, _ in samples])]
+    columns += [(name, [targets[name] for _, targets in samples]) for name in samples[0][1]]
+    over_text = [name for name, cells in columns if len(name) > _letters(cells) and not _has_maps(cells)]
+    longest = max(map(len, over_text), default=0)
+    upright = over_text if longest > _LONG_NAME else []
+    widths = [_width(cells, "" if name in upright else name) for name, cells in columns]
+    height = max(_height(cells) for _, cells in columns) * len(samples)
+    height += longest * _LETTER_WIDTH if upright else 2 * _LINE_HEIGHT
+    figure = Figure(figsize=(sum(widths), height), layout="constrained")
+    axes = figure.subplots(len(samples), len(columns), squeeze=False, width_ratios=widths)
+    for column, (name, cells) in enumerate(columns):
         limits = _limits(cells)
         for row, cell in enumerate(cells):
             _draw(axes[row][column], cell, limits)
-        axes[0][column].set_title(name, fontsize=8)
+        axes[0][column].set_title(name, fontsize=_FONT_SIZE, rotation=90 if name in upright else 0)
     return figure
 
 
@@ -84,6 +95,28 @@ def _samples(datamodule: LightningDataModule, count: int, split: str) -> Iterato
         raise ValueError(f"The split {split!r} should hold samples. Found none.")
 
 
+def _width(cells: list[Tensor], title: str) -> float:
+    return _MAP_SIZE if _has_maps(cells) else max(len(title), _letters(cells)) * _LETTER_WIDTH + 0.2
+
+
+def _height(cells: list[Tensor]) -> float:
+    lines = max(len(_text(cell).splitlines()) for cell in cells)
+    return _MAP_SIZE if _has_maps(cells) else lines * _LINE_HEIGHT + 0.1
+
+
+def _letters(cells: list[Tensor]) -> int:
+    return max(len(line) for cell in cells for line in _text(cell).splitlines())
+
+
+def _has_maps(cells: list[Tensor]) -> bool:
+    return any(_is_map(cell) for cell in cells)
+
+
+def _is_map(cell: Tensor) -> bool:
+    has_planes = cell.ndim == 2 or (cell.ndim == 3 and cell.shape[0] in (1, 2, 3))
+    return has_planes and min(cell.shape[-2:]) >= 4
+
+
 def _limits(cells: list[Tensor]) -> tuple[float, float]:
     values = torch.cat([cell.flatten().float() for cell in cells])
     values = values[values.isfinite()]
@@ -91,12 +124,13 @@ def _limits(cells: list[Tensor]) -> tuple[float, float]:
 
 
 def _draw(axes: Any, cell: Tensor, limits: tuple[float, float]) -> None:
+    if not _is_map(cell):
+        axes.set_axis_off()
+        axes.text(0.5, 0.5, _text(cell), ha="center", va="center", fontsize=_FONT_SIZE, transform=axes.transAxes)
+        return
+    axes.set_anchor("N")  # or names over pictures would not be level with those over text
     axes.set_xticks([])
     axes.set_yticks([])
-    is_map = cell.ndim == 2 or (cell.ndim == 3 and cell.shape[0] in (1, 2, 3))
-    if not is_map or min(cell.shape[-2:]) < 4:
-        axes.text(0.5, 0.5, _text(cell), ha="center", va="center", fontsize=8, wrap=True, transform=axes.transAxes)
-        return
     missing = cell.isnan() if cell.is_floating_point() else cell < 0
     if missing.ndim == 3:
         missing = missing.any(dim=0)

@@ -1,15 +1,19 @@
 from __future__ import annotations
 
 import csv
+import logging
+import re
+import shlex
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningModule, Trainer
 
 from mtl_lightning.cli import main, preview, run
 from mtl_lightning.modules.waiting import LostRankError
@@ -78,10 +82,20 @@ def test_the_shipped_configuration_trains_validates_tests_and_predicts(folder: P
         run([command, f"--config={CONFIG}", *SHORT, f"--ckpt_path={checkpoint}"])
 
 
+class AllTrain(Callback):
+    """Sees that no part of the module is left in evaluation when training begins."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert not [name for name, module in pl_module.named_modules() if not module.training]
+
+
 def test_training_goes_on_from_a_checkpoint(folder: Path) -> None:
     run(["fit", f"--config={CONFIG}", *SHORT])
     checkpoint = folder / "runs" / "mt2o_multi_digits" / "version_0" / "checkpoints" / "last.ckpt"
-    run(["fit", f"--config={CONFIG}", *SHORT, "--trainer.max_epochs=3", f"--ckpt_path={checkpoint}"])
+    going_on = ["fit", f"--config={CONFIG}", *SHORT, "--trainer.max_epochs=3", f"--ckpt_path={checkpoint}"]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*in eval mode")
+        run([*going_on, "--trainer.callbacks+=tests.test_cli.AllTrain"])
     with (folder / "runs" / "mt2o_multi_digits" / "version_1" / "pareto_front" / "archive.csv").open() as file:
         assert [row["epoch"] for row in csv.DictReader(file)] == ["0"] * 8 + ["1"] * 10 + ["2"] * 10
 
@@ -215,7 +229,7 @@ def test_preview_draws_the_data_of_a_configuration(form: str, folder: Path, caps
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ([], "data"),
+        ([], "--data CLASS` should say what to draw. Found neither. For example: mtl-lightning preview --data"),
         (["--config=nope.yaml"], "nope.yaml"),
         ([f"--config={CONFIG}", "--split=validation"], "'train', 'val' or 'test'"),
         ([f"--config={CONFIG}", "--samples=0"], "at least 1"),
@@ -229,13 +243,53 @@ def test_what_preview_cannot_draw_ends_in_one_line(arguments: list[str], expecte
     assert "\n" not in str(stop.value.code)
 
 
-def test_the_command_is_installed() -> None:
+def test_preview_tells_which_file_has_no_data(folder: Path) -> None:
+    (folder / "model.yaml").write_text("model: {}")
+    with pytest.raises(SystemExit, match=r"Found model\.yaml without `data`"):
+        preview(["--config=model.yaml"])
+
+
+@pytest.mark.parametrize("arguments", [["--help"], []])
+def test_the_command_is_installed_and_lists_all_commands(arguments: list[str]) -> None:
     command = Path(sys.executable).with_name("mtl-lightning")
-    result = subprocess.run([command, "--help"], capture_output=True, text=True, check=False)
-    assert result.returncode == 0
-    text = "".join(result.stdout.split())  # wherever the lines are broken
-    assert all(name in text for name in ("fit", "validate", "test", "predict"))
-    assert all(f"mtl-lightning{name}--help" in text for name in ("preview", "compare", "single-tasks"))
+    result = subprocess.run([command, *arguments], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (0, "")
+    listed = re.findall(r"^    ([\w-]+) {2,}\w", result.stdout, re.MULTILINE)
+    assert listed == ["fit", "validate", "test", "predict", "compare", "single-tasks", "report", "preview"]
+
+
+def test_a_misspelt_command_ends_in_one_line_with_all_commands(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["mtl-lightning", "previw"])
+    with pytest.raises(SystemExit, match=r"^mtl-lightning: error: .*fit.* preview.* Found 'previw'\.$"):
+        main()
+
+
+def test_the_help_of_preview_ends_no_sentence_early(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        preview(["--help"])
+    assert "is:\n" not in capsys.readouterr().out
+
+
+def test_fit_says_where_the_results_are_and_what_shows_them(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logger = ["--trainer.logger=lightning.pytorch.loggers.CSVLogger", "--trainer.logger.save_dir=my runs"]
+    with caplog.at_level(logging.INFO):
+        run(["fit", f"--config={CONFIG}", *SHORT, "--trainer.max_epochs=1", *logger])
+    (said,) = [record.getMessage() for record in caplog.records if "mtl-lightning report" in record.getMessage()]
+    assert said.startswith("Results are in my runs/mt2o_multi_digits/version_0.")
+    monkeypatch.setattr(sys, "argv", shlex.split(said[said.index("mtl-lightning report") :]))
+    main()
+    assert (folder / "my runs" / "mt2o_multi_digits" / "version_0" / "report.html").exists()
+    assert capsys.readouterr().out.endswith("report.html\n")
+
+
+@pytest.mark.parametrize("option", ["--trainer.logger=false", "--trainer.fast_dev_run=true"])
+def test_fit_without_a_logger_names_no_folder(option: str, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    callbacks = ["--trainer.enable_checkpointing=false", "--trainer.callbacks=[]"]
+    with caplog.at_level(logging.INFO):
+        run(["fit", f"--config={CONFIG}", *SHORT, "--trainer.max_epochs=1", *callbacks, option])
+    assert "Results are in" not in caplog.text
 
 
 @pytest.mark.parametrize("command", ["compare", "single-tasks"])

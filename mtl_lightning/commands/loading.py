@@ -9,7 +9,7 @@ import yaml
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LightningArgumentParser
 
-from mtl_lightning.commands.parsing import one_line
+from mtl_lightning.commands.parsing import instantiate, one_line
 from mtl_lightning.modules.checkpoint_io import read_checkpoint
 
 
@@ -76,7 +76,7 @@ def make_module(content: dict[str, object]) -> LightningModule:
     parser = LightningArgumentParser(exit_on_error=False)
     parser.add_lightning_class_args(LightningModule, "model", subclass_mode=True)
     try:
-        made = parser.instantiate_classes(parser.parse_object({"model": content["model"]}))
+        made = instantiate(parser, parser.parse_object({"model": content["model"]}))
     except (ArgumentError, TypeError) as error:
         raise ValueError(
             f"The `model` of the configuration should be one that can be made. {one_line(str(error))}"

@@ -64,8 +64,14 @@ class FitConfiguration:
 
         Objects are made in this order: trainer, model, data.
         """
-        made = self._parser.instantiate_classes(self._parsed)
+        made = instantiate(self._parser, self._parsed)
         return made.model, made.data, dict(made.trainer)
+
+
+def instantiate(parser: LightningArgumentParser, parsed: Any) -> Any:
+    """Return what a parser has read, with objects in the place of classes."""
+    # jsonargparse 4.49 has renamed it, and warns of the old name.
+    return parser.instantiate(parsed) if hasattr(parser, "instantiate") else parser.instantiate_classes(parsed)
 
 
 def one_line(message: str) -> str:

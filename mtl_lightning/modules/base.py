@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from mtl_lightning.modules.averaging import LossAverage
 from mtl_lightning.modules.checkpoint_io import AtomicCheckpointIO, read_checkpoint
 from mtl_lightning.modules.checkpoints import check_record, check_shapes, make_record, population_facts
 from mtl_lightning.modules.habits import check_callbacks
@@ -102,6 +103,8 @@ class MultiTaskModule(LightningModule):
         self._lr_scheduler_interval = lr_scheduler_interval
         self._lr_scheduler_monitor = lr_scheduler_monitor
         self._accumulated = 0
+        self._losses_of_step = LossAverage(len(self.tasks))
+        self._has_state = False
         self._steps = 0
         self._seed: int | None = None
         self._monitored: float | None = None
@@ -293,8 +296,22 @@ class MultiTaskModule(LightningModule):
             self.step_schedulers("epoch")
         self._in_batch = False
 
+    def forget_step(self) -> None:
+        """Forget the batches of a step that was not made, as those of a run that broke off.
+
+        A subclass that keeps more than gradients and mean losses between batches forgets that as well.
+        """
+        self._accumulated = 0
+        self._losses_of_step.reset()
+
     def on_fit_start(self) -> None:
-        """Fix the seed of the run: that of ``seed_everything``, or a fresh one, the same on all ranks."""
+        """Begin between two steps, or where a checkpoint was written; fix the seed of the run, the same on all ranks.
+
+        The seed is that of ``seed_everything``, or a fresh one.
+        """
+        if not self._has_state:
+            self.forget_step()
+        self.zero_grad()  # gradients of a checkpoint are taken up later
         if self._seed is None:
             self._seed = int(self.trainer.strategy.broadcast(torch.initial_seed() % 2**31))
 
@@ -329,6 +346,7 @@ class MultiTaskModule(LightningModule):
     def on_train_start(self) -> None:
         """Make up for a validation, and for the end of an epoch, that the checkpoint came before; hold back signals."""
         self._in_batch = False
+        self._has_state = False
         with meeting(self.trainer.strategy):
             self._signals.hold(self.device, self.trainer.world_size)
         if missed_validation(self.trainer):
@@ -435,6 +453,7 @@ class MultiTaskModule(LightningModule):
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Take up the counters and the seed of a checkpoint."""
+        self._has_state = True
         self.batches_seen = state["batches_seen"]
         self._accumulated = state["accumulated"]
         self._steps = state["steps"]
@@ -449,6 +468,33 @@ def check_count(name: str, value: int) -> None:
         raise TypeError(f"`{name}` should be an integer. Found {value!r}.")
     if value < 1:
         raise ValueError(f"`{name}` should be at least 1. Found {value}.")
+
+
+def as_preference(preference: Tensor | Sequence[float], num_tasks: int) -> Tensor:
+    """Return the point of the simplex in the direction of ``preference``, on the CPU, float64, shape ``(T,)``.
+
+    Args:
+        preference: A weight for each task, of any sum: positive multiples of one another are the same preference.
+        num_tasks: The number of tasks ``T``.
+
+    Raises:
+        ValueError: If there is not one weight per task, one is negative or not finite, or all are zero.
+
+    Example:
+        >>> as_preference((3, 7), num_tasks=2)
+        tensor([0.3000, 0.7000], dtype=torch.float64)
+    """
+    weights = torch.as_tensor(preference, dtype=torch.float64, device="cpu").detach()
+    if weights.shape != (num_tasks,):
+        raise ValueError(
+            f"`preference` should have shape ({num_tasks},), one weight per task. Found shape {tuple(weights.shape)}."
+        )
+    if not weights.isfinite().all() or (weights < 0).any() or not weights.any():
+        raise ValueError(
+            f"`preference` should hold finite weights of at least 0, not all of them 0. Found {weights.tolist()}."
+        )
+    weights = weights / weights.max()  # or the sum of large weights would overflow
+    return weights / weights.sum()
 
 
 def _check_names(what: str, found: Mapping[str, Any], names: Sequence[str]) -> None:

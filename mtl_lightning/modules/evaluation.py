@@ -49,7 +49,8 @@ class PopulationEvaluation(nn.Module):
         self.counts = torch.zeros(len(self.task_names), device=device, dtype=torch.float32)
         self._size = size
         for key, metrics in self._named():
-            clones = [metrics[0].clone() for _ in range(len(metrics), size)]
+            # A validation has set the first to evaluation, and will not know the others when it sets all back.
+            clones = [metrics[0].clone().train() for _ in range(len(metrics), size)]
             self.metrics[key] = nn.ModuleList([*metrics[: max(size, 1)], *clones])  # one to clone always remains
         for _, metrics in self._named():
             for metric in metrics:

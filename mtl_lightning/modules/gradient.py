@@ -139,7 +139,9 @@ class GradientModule(SingleNetworkModule):
         self.aggregator = aggregator
         self.aggregator.resolve(self.task_names)
         self.gradients = gradients
-        self.health = TaskHealth(self.task_names, max_nonfinite, warns_of_nonpositive=False)
+        self.health = TaskHealth(
+            self.task_names, max_nonfinite, warns_of_nonpositive=False, observed="loss or gradient"
+        )
         self._losses_of_step = LossAverage(len(self.tasks))
         # Of the batches of a step: the Jacobian, shape (T, N), and which shared parameters it reached, (T, parameters).
         self._jacobian: Tensor | None = None
@@ -422,6 +424,7 @@ class GradientModule(SingleNetworkModule):
     def _log_training(self, values: Mapping[str, Tensor]) -> None:
         failures = zip(self.task_names, self.health.known_total, strict=True)
         counts = {f"nonfinite/{name}": float(count) for name, count in failures if count}
+        values = {name: value.float() for name, value in values.items()}  # what populations log, and validations
         self.log_dict({**values, **counts, **self.logged_skips()})
         losses = [value for name, value in values.items() if name.startswith("train_loss/")]
         if losses:

@@ -19,6 +19,7 @@ class TaskHealth(nn.Module):
         task_names: The names of the ``T`` tasks.
         max_nonfinite: How many losses in a row may be not finite.
         warns_of_nonpositive: Whether to tell of losses that are zero or negative.
+        observed: What is not finite where a loss is given that is not, in messages.
 
     Attributes:
         in_a_row: How many losses of each task were not finite since the last one that was, shape ``(T,)``, int64.
@@ -29,8 +30,15 @@ class TaskHealth(nn.Module):
     total: Tensor
     nonpositive: Tensor
 
-    def __init__(self, task_names: Sequence[str], max_nonfinite: int, warns_of_nonpositive: bool = True) -> None:
+    def __init__(
+        self,
+        task_names: Sequence[str],
+        max_nonfinite: int,
+        warns_of_nonpositive: bool = True,
+        observed: str = "loss",
+    ) -> None:
         super().__init__()
+        self.observed = observed
         self.warns_of_nonpositive = warns_of_nonpositive
         self.task_names = tuple(task_names)
         self.max_nonfinite = max_nonfinite
@@ -84,13 +92,15 @@ class TaskHealth(nn.Module):
         for task, name in enumerate(self.task_names):
             if in_a_row[task] >= self.max_nonfinite:
                 raise FloatingPointError(
-                    f"The loss of task {name!r} should be finite. Found {in_a_row[task]} in a row that were not "
-                    "(`max_nonfinite`). Lower the learning rate, set `gradient_clip_norm`, or look for invalid values "
-                    "in its targets."
+                    f"The {self.observed} of task {name!r} should be finite. Found {in_a_row[task]} in a row that "
+                    "were not (`max_nonfinite`). Lower the learning rate, set `gradient_clip_norm`, or look for "
+                    "invalid values in its targets."
                 )
             if self.known_total[task]:
                 self._warn(
-                    name, f"The loss of task {name!r} is not finite. The task is left out of such batches; see the log."
+                    name,
+                    f"The {self.observed} of task {name!r} is not finite. The task is left out of such batches; see "
+                    "the log.",
                 )
             if nonpositive[task] and self.warns_of_nonpositive:
                 self._warn(
@@ -105,10 +115,9 @@ class TaskHealth(nn.Module):
             rank_zero_warn(message)
 
     def _mask(self, tasks: Sequence[int]) -> Tensor:
-        # Kept, since making it of Python numbers copies them to the device.
         key = tuple(tasks)
         if key not in self._masks or self._masks[key].device != self.in_a_row.device:
-            mask = torch.zeros(len(self.task_names), dtype=torch.bool)
-            mask[list(key)] = True
-            self._masks[key] = mask.to(self.in_a_row.device)
+            self._masks[key] = torch.zeros_like(self.in_a_row, dtype=torch.bool)
+            for task in key:
+                self._masks[key][task].fill_(True)  # an index made of Python numbers would be copied to the device
         return self._masks[key]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
+from mtl_lightning.devices import may_be_any
 from mtl_lightning.elementwise import check_elementwise
 from mtl_lightning.growth import Growth, Stage
 from mtl_lightning.modules.averaging import LossAverage
@@ -23,6 +24,7 @@ from mtl_lightning.modules.base import (
     LRSchedulerInterval,
     MultiTaskModule,
     OptimizerCallable,
+    as_preference,
 )
 from mtl_lightning.modules.evaluation import PopulationEvaluation
 from mtl_lightning.modules.gradients import average_statistics
@@ -212,10 +214,13 @@ class PopulationModule(MultiTaskModule):
     def select(self, preference: Tensor | Sequence[float]) -> nn.Module:
         """Return the subproblem with the preference nearest to ``preference``, shape ``(T,)``, as a plain module.
 
+        Args:
+            preference: A weight for each task. It is divided by its sum, so that ``(3, 7)`` is ``(0.3, 0.7)``.
+
         Raises:
-            ValueError: If ``preference`` is not on the simplex.
+            ValueError: If there is not one weight per task, one is negative or not finite, or all are zero.
         """
-        wanted = check_preferences(torch.as_tensor(preference).unsqueeze(0), num_tasks=len(self.tasks))
+        wanted = as_preference(preference, num_tasks=len(self.tasks))
         distances = (self.preferences - wanted.to(self.preferences)).norm(dim=1)
         return self.subproblem(int(distances.argmin()))
 
@@ -496,7 +501,9 @@ class PopulationModule(MultiTaskModule):
         self.reduce_gradients()
         assert theta.grad is not None
         losses, self._healthy = self._share_health(losses, tasks)
-        theta.grad.masked_fill_(~self._healthy[self.shards.members].unsqueeze(1), 0.0)
+        failed = ~self._healthy[self.shards.members]
+        if may_be_any(failed):
+            theta.grad.masked_fill_(failed.unsqueeze(1), 0.0)
         own = self.shards.own
         places = [index - own.start for index in self._frozen if index in own]
         frozen = {place: theta.detach()[place].clone() for place in places}

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
 from mtl_lightning.cli import preview
-from mtl_lightning.datamodules import MultiDigitsDataModule, ScenesDataModule
+from mtl_lightning.datamodules import MultiDigitsDataModule, MultiTargetDataModule, ScenesDataModule
 from mtl_lightning.datamodules.preview import preview_figure, write_preview
 from tests.datamodules.conftest import WriteIdx
 from tests.datamodules.tables import write_celeba, write_cifar100, write_office, write_sarcos
@@ -57,6 +58,50 @@ def test_missing_labels_are_left_open() -> None:
 def test_single_labels_are_written() -> None:
     figure = preview_figure(MultiDigitsDataModule(num_train=8), num_samples=2)
     assert all(axes.texts[0].get_text().isdigit() for axes in (*figure.axes[1:3], *figure.axes[4:6]))
+
+
+def test_labels_take_no_more_room_than_their_text() -> None:
+    mixed = preview_figure(MultiDigitsDataModule(num_train=8), num_samples=2)
+    image, left, _ = [axes.get_position().width * mixed.get_figwidth() for axes in mixed.axes[:3]]
+    assert left < image / 2
+    assert not mixed.axes[1].axison
+    plain = preview_figure(MultiTargetDataModule(), num_samples=2)
+    assert plain.get_figheight() < mixed.get_figheight() / 2
+
+
+class _Labelled(LightningDataModule):
+    """Images with a class for each of some tasks."""
+
+    def __init__(self, *names: str) -> None:
+        super().__init__()
+        self.rows = [(torch.rand(3, 8, 8), {name: torch.tensor(index % 2) for name in names}) for index in range(4)]
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(self.rows, batch_size=2)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        MultiDigitsDataModule(num_train=8),
+        MultiTargetDataModule(),
+        _Labelled("smiling", "wearing_a_large_necktie", "young"),
+        _Labelled(*(f"attribute_number_{index}" for index in range(40))),
+    ],
+    ids=["digits", "table", "long", "many"],
+)
+def test_no_text_runs_into_another(data: LightningDataModule) -> None:
+    figure = preview_figure(data, num_samples=3)
+    figure.draw_without_rendering()
+    texts = [text for axes in figure.axes for text in (axes.title, *axes.texts) if text.get_text()]
+    boxes = [text.get_window_extent() for text in texts]
+    assert not any(one.overlaps(other) for one, other in combinations(boxes, 2))
+    assert all(figure.bbox.contains(*corner) for box in boxes for corner in (box.min, box.max))
+
+
+def test_many_labels_with_long_names_stay_narrow() -> None:
+    figure = preview_figure(_Labelled(*(f"attribute_number_{index}" for index in range(40))), num_samples=2)
+    assert figure.get_figwidth() < 15  # inches
 
 
 def test_the_picture_is_written(tmp_path: Path) -> None:

@@ -502,7 +502,7 @@ def test_a_gradient_that_is_not_finite_is_left_out_as_if_there_were_no_labels(ac
     spiking = [tasks()[0], Task("b", _Spiking()), tasks()[2]]
     found = gradient(tasks=spiking, gradients=gradients, accumulate_batches=accumulate)
     expected = gradient(gradients=gradients, accumulate_batches=accumulate)
-    with pytest.warns(UserWarning, match="task 'b'"):
+    with pytest.warns(UserWarning, match="The loss or gradient of task 'b' is not finite"):
         trainer().fit(found, _without("b", (0, 2), 1e3))
     trainer().fit(expected, _without("b", (0, 2)))
     torch.testing.assert_close(flat(found), flat(expected))
@@ -513,7 +513,7 @@ def test_a_head_that_has_failed_does_not_reach_the_trunk() -> None:
     net = network()
     with torch.no_grad():
         net.heads["c"].weight[:] = torch.nan
-    with pytest.warns(UserWarning, match="loss of task 'c' is not finite"):
+    with pytest.warns(UserWarning, match="loss or gradient of task 'c' is not finite"):
         trainer().fit(gradient(network=net), batches())
     assert all(p.isfinite().all() for name, p in net.named_parameters() if "heads.c" not in name)
 
@@ -634,6 +634,7 @@ def test_training_logs_losses_and_weights(gradients: Any) -> None:
         assert float(run.callback_metrics[f"train_loss/{name}"]) == pytest.approx(losses[task], rel=1e-5)
         assert float(run.callback_metrics[f"weight/{name}"]) == pytest.approx(float(weights[task]), rel=1e-4)
     assert float(run.callback_metrics["train_loss"]) == pytest.approx(sum(losses) / 3, rel=1e-5)
+    assert {value.dtype for value in run.callback_metrics.values()} == {torch.float32}
 
 
 def test_sick_tasks_are_counted_in_the_log(tmp_path: Path) -> None:

@@ -39,6 +39,14 @@ def test_what_is_counted_is_reported_one_batch_later() -> None:
         observe(health, [1.0, 1.0])
 
 
+def test_messages_name_what_is_observed() -> None:
+    health = TaskHealth(["a", "b"], max_nonfinite=2, observed="loss or gradient")
+    with pytest.warns(UserWarning, match="The loss or gradient of task 'b' is not finite"):
+        observe(health, [1.0, NAN], [1.0, NAN])
+    with pytest.raises(FloatingPointError, match="The loss or gradient of task 'b' should be finite"):
+        health.report()
+
+
 def test_nothing_is_overlooked_at_the_end() -> None:
     health = TaskHealth(["a", "b"], max_nonfinite=2)
     with pytest.warns(UserWarning, match="'b' is not finite"):

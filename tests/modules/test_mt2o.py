@@ -582,11 +582,6 @@ def test_select_returns_the_nearest_preference_as_a_plain_network() -> None:
     assert torch.equal(flat(chosen), flat(module.subproblem(1)))  # preference (1/3, 2/3)
 
 
-def test_select_refuses_what_is_not_a_preference() -> None:
-    with pytest.raises(ValueError, match="sum to one"):
-        mt2o().select((0.3, 0.3))
-
-
 def test_the_module_satisfies_the_protocol_of_the_callbacks() -> None:
     protocol: PopulationProtocol = mt2o()  # the type checker holds the types, this test the names
     assert is_population(protocol)

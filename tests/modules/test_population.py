@@ -25,6 +25,7 @@ from tests.modules.common import (
     Position,
     SaveAfterEachBatch,
     assert_equal_states,
+    flat,
     loader,
     mt2o,
     network,
@@ -48,6 +49,46 @@ both = pytest.mark.parametrize("build", [mt2o, _mgda])
 
 def batches() -> Position:
     return Position(list(loader()))
+
+
+# ---------------------------------------------------------------------------------------------------- preferences
+
+
+@both
+@pytest.mark.parametrize("factor", [1e-300, 0.3, 1.0, 10.0, 1e307])
+def test_multiples_of_a_preference_select_the_same_subproblem(build: Any, factor: float) -> None:
+    module = build()
+    with torch.no_grad():
+        module.population.theta.add_(torch.arange(4.0).unsqueeze(1))  # each subproblem is known by its parameters
+    for index, row in enumerate(module.preferences.tolist()):
+        selected = module.select([factor * weight for weight in row])
+        assert torch.equal(flat(selected), flat(module.subproblem(index)))
+
+
+def test_integers_and_tensors_are_preferences_too() -> None:
+    module = mt2o(preferences=simplex_lattice(num_tasks=2, num_divisions=10))
+    with torch.no_grad():
+        module.population.theta.add_(torch.arange(11.0).unsqueeze(1))
+    for wanted, index in (((3, 7), 3), (torch.tensor([1, 1]), 5), ((0.5, 0.51), 5), (torch.tensor([4.0, 1.0]), 8)):
+        assert torch.equal(flat(module.select(wanted)), flat(module.subproblem(index)))
+
+
+@pytest.mark.parametrize(
+    ("preference", "found"),
+    [
+        ((0.0, 0.0), r"weights of at least 0, not all of them 0. Found \[0.0, 0.0\]"),
+        ((-0.1, 1.1), r"at least 0, .* Found \[-0.1, 1.1\]"),
+        ((torch.nan, 1.0), r"finite .* Found \[nan, 1.0\]"),
+        ((torch.inf, 1.0), r"finite .* Found \[inf, 1.0\]"),
+        ((0.2, 0.3, 0.5), r"shape \(2,\), one weight per task. Found shape \(3,\)"),
+        (0.5, r"shape \(2,\), .* Found shape \(\)"),
+        ([[0.5, 0.5]], r"shape \(2,\), .* Found shape \(1, 2\)"),
+    ],
+    ids=str,
+)
+def test_what_is_no_direction_is_refused_by_the_name_of_the_argument(preference: Any, found: str) -> None:
+    with pytest.raises(ValueError, match=f"^`preference` should .*{found}"):
+        mt2o().select(preference)
 
 
 # ----------------------------------------------------------------------------------------------------------- strategies
