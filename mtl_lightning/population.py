@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
-from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -122,6 +121,7 @@ class Population(nn.Module):
         self.chunk_size = chunk_size
         self.compiler = compiler
         self._compiled: dict[Backend, Callable[..., Any]] = {}
+        self._gradient: Tensor | None = None
         self._chosen: Backend = "loop" if backend == "auto" else backend
 
         self.network = copy.deepcopy(network)
@@ -225,13 +225,27 @@ class Population(nn.Module):
     def chunks(self) -> Iterator[Chunk]:
         """Yield the subproblems in parts that share one backward pass: one at a time, or ``chunk_size`` under vmap.
 
-        Gradients are added to ``theta.grad``, which is allocated here if it is ``None``.
+        Gradients are added to ``theta.grad``. Where that is ``None`` it is made, and is whole once the loop over the
+        chunks has ended: until then rows of chunks to come hold anything, and so do parameters of this chunk that no
+        backward pass has reached, unless its ``complete`` is called. Setting it to ``None`` after a step is faster than
+        to zeros, which would be written, read and added to.
         """
-        if self.theta.grad is None:
-            self.theta.grad = torch.zeros_like(self.theta)
+        is_fresh = self.theta.grad is None
+        if is_fresh:
+            self.theta.grad = self._memory_of_gradient()
         size = 1 if self._chosen == "loop" else self.chunk_size or max(self.size, 1)  # there may be no row here
-        for start in range(0, self.size, size):
-            yield Chunk(self, slice(start, min(start + size, self.size)))
+        done = 0
+        try:
+            for start in range(0, self.size, size):
+                chunk = Chunk(self, slice(start, min(start + size, self.size)), is_fresh)
+                done = chunk.members.stop
+                yield chunk
+                chunk.complete()
+        finally:
+            if is_fresh and 0 < done < self.size:  # the loop was left early
+                chunk.complete()
+                assert self.theta.grad is not None
+                self.theta.grad[done:].zero_()
 
     def choose_backend(
         self, function: Callable[[Any, Any], Tensor], inputs: Any, targets: Any, per_subproblem: bool = False
@@ -383,22 +397,13 @@ class Population(nn.Module):
         pieces = torch.split(rows, self._split_sizes, dim=1)[::2]  # every second piece is padding
         return [piece.view(len(rows), *slot.shape) for slot, piece in zip(self._slots, pieces, strict=True)]
 
-    def _leaves(self, members: slice) -> list[Tensor]:
-        """Return the parameters of some subproblems as leaves whose gradients are added to ``theta.grad``.
-
-        Slices of ``theta`` would each send back a gradient of the full size, zero but for the slice.
-        """
-        assert self.theta.grad is not None
-        rows = self.theta.detach()[members]
-        leaves = self._pieces(rows)
-        is_single = len(rows) == 1
-        for leaf, gradient in zip(leaves, self._pieces(self.theta.grad[members]), strict=True):
-            leaf.requires_grad_()
-            if is_single:
-                leaf.grad = gradient
-            else:  # likewise, but torch warns of a `grad` with such strides
-                leaf.register_post_accumulate_grad_hook(partial(_hand_over, gradient))  # type: ignore[no-untyped-call]
-        return leaves
+    def _memory_of_gradient(self) -> Tensor:
+        """Return memory for the gradient, that of the last step where it fits."""
+        memory, theta = self._gradient, self.theta
+        if memory is None or (memory.shape, memory.dtype, memory.device) != (theta.shape, theta.dtype, theta.device):
+            memory = torch.zeros_like(theta)  # padding stays zero
+        self._gradient = memory
+        return memory
 
     def _buffer_slots(self) -> list[tuple[nn.Module, str, Tensor]]:
         return [
@@ -511,7 +516,7 @@ class Population(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # What was compiled refers to this object, not to a copy of it.
         state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
-        return state | {"_compiled": {}}
+        return state | {"_compiled": {}, "_gradient": None}
 
     def _explain_vmap(self, error: Exception) -> None:
         if isinstance(error, torch.OutOfMemoryError):
@@ -574,12 +579,12 @@ class Population(nn.Module):
 
     @contextmanager
     def _preserved(self) -> Iterator[None]:
-        gradient, buffers = self.theta.grad, [buffer.clone() for buffer in self.network.buffers()]
-        self.theta.grad = None
+        gradient, memory, buffers = self.theta.grad, self._gradient, [b.clone() for b in self.network.buffers()]
+        self.theta.grad = self._gradient = None
         try:
             yield
         finally:
-            self.theta.grad = gradient
+            self.theta.grad, self._gradient = gradient, memory
             for buffer, saved in zip(self.network.buffers(), buffers, strict=True):
                 buffer.copy_(saved)
 
@@ -590,10 +595,28 @@ class Chunk:
     ``backward`` on anything computed from :meth:`evaluate` adds to these rows of ``theta.grad``.
     """
 
-    def __init__(self, population: Population, members: slice) -> None:
+    def __init__(self, population: Population, members: slice, is_fresh: bool) -> None:
         self.members = members
         self._population = population
-        self._values = population._leaves(members)
+        theta = population.theta
+        assert theta.grad is not None
+        # Leaves: slices of `theta` would each send back a gradient of the full size, zero but for the slice.
+        self._values = population._pieces(theta.detach()[members])
+        self._receivers: list[_Receiver] = []
+        is_single = members.stop - members.start == 1
+        for leaf, gradient in zip(self._values, population._pieces(theta.grad[members]), strict=True):
+            leaf.requires_grad_()
+            if is_single and not is_fresh:
+                leaf.grad = gradient
+            else:  # as `grad` of several rows torch would warn of its strides
+                receiver = _Receiver(gradient, is_fresh)
+                leaf.register_post_accumulate_grad_hook(receiver)  # type: ignore[no-untyped-call]
+                self._receivers.append(receiver)
+
+    def complete(self) -> None:
+        """Let the gradient be zero where no backward pass has come."""
+        for receiver in self._receivers:
+            receiver.complete()
 
     def evaluate(
         self, function: Callable[[Any, Any], Any], inputs: Any, targets: Any, per_subproblem: bool = False
@@ -625,10 +648,25 @@ def _unchanged(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _hand_over(gradient: Tensor, leaf: Tensor) -> None:
-    assert leaf.grad is not None
-    gradient.add_(leaf.grad)
-    leaf.grad = None
+class _Receiver:
+    """Takes the gradient of a leaf to where it belongs; the first one is written over what is there, if that is old."""
+
+    def __init__(self, gradient: Tensor, is_fresh: bool) -> None:
+        self._gradient = gradient
+        self._is_fresh = is_fresh
+
+    def __call__(self, leaf: Tensor) -> None:
+        assert leaf.grad is not None
+        if self._is_fresh:
+            self._gradient.copy_(leaf.grad)
+        else:
+            self._gradient.add_(leaf.grad)
+        self._is_fresh, leaf.grad = False, None
+
+    def complete(self) -> None:
+        if self._is_fresh:
+            self._gradient.zero_()
+        self._is_fresh = False
 
 
 def _rows(value: Tensor) -> tuple[Tensor, ...]:

@@ -1062,6 +1062,69 @@ def test_gradients_of_several_passes_add_up(backend: Any) -> None:
     torch.testing.assert_close(population.theta.grad, expected)
 
 
+class _HalfUsed(nn.Module):
+    """Uses its second layer for positive inputs only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 2), nn.Linear(3, 2)
+
+    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
+        outputs: Tensor = self.first(inputs["first"])
+        return outputs + self.second(inputs["second"]) if "second" in inputs else outputs
+
+
+@pytest.mark.parametrize(("backend", "chunk_size"), [("vmap", None), ("vmap", 3), ("loop", None)])
+def test_a_new_gradient_holds_nothing_of_the_last_one(backend: Any, chunk_size: int | None) -> None:
+    population = Population(_HalfUsed(), SIZE, backend=backend, chunk_size=chunk_size)
+    inputs = {"first": torch.randn(5, 3), "second": torch.randn(5, 3)}
+    for _ in population.chunks():  # nobody asks for gradients
+        pass
+    assert population.theta.grad is not None
+    assert not population.theta.grad.any()
+    for chunk in population.chunks():
+        chunk.evaluate(_sum, inputs, None).sum().backward()
+    assert population.theta.grad[:, population.columns(["second.*"])[0]].all()
+    population.theta.grad = None
+    for chunk in population.chunks():
+        chunk.evaluate(_sum, {"first": inputs["first"]}, None).sum().backward()
+    twin = Population(population.member(0), SIZE, backend=backend)
+    for chunk in twin.chunks():
+        chunk.evaluate(_sum, {"first": inputs["first"]}, None).sum().backward()
+    assert population.theta.grad is not None
+    assert twin.theta.grad is not None
+    torch.testing.assert_close(population.theta.grad, twin.theta.grad)
+    assert not population.theta.grad[:, population.columns(["second.*"])[0]].any()
+
+
+@pytest.mark.parametrize(("backend", "chunk_size"), [("vmap", 2), ("loop", None)])
+def test_a_loop_over_chunks_that_is_left_early_leaves_zeros(backend: Any, chunk_size: int | None) -> None:
+    population = Population(nn.Linear(3, 2), SIZE, backend=backend, chunk_size=chunk_size)
+    inputs = torch.randn(5, 3)
+    for chunk in population.chunks():
+        chunk.evaluate(_sum, inputs, None).sum().backward()
+    population.theta.grad = None
+    for chunk in population.chunks():
+        chunk.evaluate(_sum, inputs, None).sum().backward()
+        break
+    assert population.theta.grad is not None
+    assert population.theta.grad[: chunk.members.stop].any()
+    assert not population.theta.grad[chunk.members.stop :].any()
+
+
+def test_choosing_within_a_step_leaves_its_gradient() -> None:
+    population = _choosing()
+    inputs = torch.randn(6, 3)
+    for chunk in population.chunks():
+        chunk.evaluate(_sum, inputs, None).sum().backward()
+    gradient = population.theta.grad
+    assert gradient is not None
+    expected = gradient.clone()
+    population.choose_backend(_sum, inputs, None)
+    assert population.theta.grad is gradient
+    assert torch.equal(gradient, expected)
+
+
 def test_one_subproblem_uses_the_loop() -> None:
     population = Population(nn.Linear(3, 2), 1)
     assert population.choose_backend(_sum, torch.ones(2, 3), None) == "loop"

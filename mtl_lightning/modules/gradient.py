@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from mtl_lightning.aggregation import GradientAggregator, gramian, weighted_sum
-from mtl_lightning.modules.averaging import LossAverage
 from mtl_lightning.modules.base import (
     LRSchedulerCallable,
     LRSchedulerInterval,
@@ -142,7 +141,6 @@ class GradientModule(SingleNetworkModule):
         self.health = TaskHealth(
             self.task_names, max_nonfinite, warns_of_nonpositive=False, observed="loss or gradient"
         )
-        self._losses_of_step = LossAverage(len(self.tasks))
         # Of the batches of a step: the Jacobian, shape (T, N), and which shared parameters it reached, (T, parameters).
         self._jacobian: Tensor | None = None
         self._reached: Tensor | None = None

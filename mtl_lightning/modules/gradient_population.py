@@ -133,6 +133,7 @@ class GradientPopulationModule(PopulationModule):
         if losses is None:
             return values
         assert theta.grad is not None
+        chunk.complete()
         gradient = theta.grad[chunk.members]  # a view of zeros, which a backward pass adds to
         for column, task in enumerate(part.own):
             is_last = column == len(part.own) - 1
@@ -184,6 +185,11 @@ class GradientPopulationModule(PopulationModule):
         products = torch.where(sound[:, None, None], products, torch.eye(len(tasks), dtype=products.dtype))
         preferences = self.preferences.to(statistics)[:, tasks]
         return self.weighting.weights(products, known, preferences, step=self._steps)[self.shards.members]
+
+    def forget_step(self) -> None:
+        """Forget the gradients of a step that was not made."""
+        super().forget_step()
+        self._jacobian = None
 
     def on_train_start(self) -> None:
         """Take up the gradients of the tasks that a checkpoint holds."""

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from mtl_lightning.aggregation import gramian
 from mtl_lightning.conditioned import ConditionedNetwork
 from mtl_lightning.gradient_weighting import GradientWeighting
-from mtl_lightning.modules.averaging import LossAverage
 from mtl_lightning.modules.base import (
     LRSchedulerCallable,
     LRSchedulerInterval,
     OptimizerCallable,
+    as_preference,
     check_count,
 )
 from mtl_lightning.modules.evaluation import PopulationEvaluation
@@ -189,7 +189,6 @@ class ParetoSetModule(SingleNetworkModule):
         self.preferences_per_batch = preferences_per_batch
         self.health = TaskHealth(self.task_names, max_nonfinite, warns_of_nonpositive=False)
 
-        self._losses_of_step = LossAverage(len(self.tasks))
         self._conditions: list[Any] = []
         self._final_values: Tensor | None = None
         self._final_metrics: dict[str, Tensor] = {}
@@ -243,10 +242,13 @@ class ParetoSetModule(SingleNetworkModule):
         It maps inputs to predictions. Where the network makes parameters for another one, it is that one, with the
         ``state_dict`` keys of the original.
 
+        Args:
+            preference: A weight for each task. It is divided by its sum, so that ``(3, 7)`` is ``(0.3, 0.7)``.
+
         Raises:
-            ValueError: If ``preference`` is not on the simplex.
+            ValueError: If there is not one weight per task, one is negative or not finite, or all are zero.
         """
-        wanted = check_preferences(torch.as_tensor(preference).unsqueeze(0), num_tasks=len(self.tasks))[0]
+        wanted = as_preference(preference, num_tasks=len(self.tasks))
         return self.network.at(wanted.to(self.preferences))
 
     def forward(self, inputs: Any) -> dict[str, Tensor]:

@@ -18,7 +18,6 @@ from torch.utils import _pytree as pytree
 from mtl_lightning.devices import may_be_any
 from mtl_lightning.elementwise import check_elementwise
 from mtl_lightning.growth import Growth, Stage
-from mtl_lightning.modules.averaging import LossAverage
 from mtl_lightning.modules.base import (
     LRSchedulerCallable,
     LRSchedulerInterval,
@@ -149,7 +148,6 @@ class PopulationModule(MultiTaskModule):
 
         self._timed_size: int | None = None
         self._frozen: tuple[int, ...] = ()
-        self._losses_of_step = LossAverage(len(self.tasks))
         self._scaled_steps = ScaledSteps()
         self._pending_gradient: Tensor | None = None
         self._inputs_compared = False
@@ -436,8 +434,7 @@ class PopulationModule(MultiTaskModule):
         if is_due and self._losses_of_step.tasks:
             self._step(self._losses_of_step.compute(), self._losses_of_step.tasks)
             self._losses_of_step.reset()
-            assert self.population.theta.grad is not None
-            self.population.theta.grad.zero_()
+            self.population.theta.grad = None
         self.finish_batch()
 
     def _compare_inputs(self, inputs: Any) -> None:

@@ -483,6 +483,7 @@ class TaskGroupModule(SingleNetworkModule):
     def _log_training(self, losses: Tensor, present: Sequence[int], batch_idx: int) -> None:
         if not self.is_logging_due(batch_idx):
             return
+        losses = losses.float()  # what populations log, and validations
         values: dict[str, Any] = {f"train_loss/{self.task_names[task]}": losses[task] for task in present}
         failures = zip(self.task_names, self.health.known_total, strict=True)
         values |= {f"nonfinite/{name}": float(count) for name, count in failures if count}
@@ -541,6 +542,11 @@ class TaskGroupModule(SingleNetworkModule):
                     "Give it two rates, for the trunk and for the heads, such as `max_lr=[1e-3, 4e-3]`."
                 )
         return configured
+
+    def forget_step(self) -> None:
+        """Forget the batches of a step that was not made."""
+        super().forget_step()
+        self._parts = []
 
     def on_train_start(self) -> None:
         """Take this rank's share of the batches that a checkpoint holds."""

@@ -11,7 +11,6 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mtl_lightning.modules.averaging import LossAverage
 from mtl_lightning.modules.base import (
     LRSchedulerCallable,
     LRSchedulerInterval,
@@ -120,7 +119,6 @@ class WeightedModule(SingleNetworkModule):
         self.weighting.resolve(self.task_names)
         self.health = TaskHealth(self.task_names, max_nonfinite, warns_of_nonpositive=False)
         self._layer = self._shared_layer() if self.weighting.needs_gradient_norms else []
-        self._losses_of_step = LossAverage(len(self.tasks))
 
     # ------------------------------------------------------------------------------------------------------- training
 
@@ -295,6 +293,7 @@ class WeightedModule(SingleNetworkModule):
     def _log_training(self, losses: Mapping[int, Tensor], slopes: Mapping[int, Tensor], batch_idx: int) -> None:
         if not self.is_logging_due(batch_idx):
             return
+        losses = {task: loss.float() for task, loss in losses.items()}  # what populations log, and validations
         values: dict[str, Any] = {f"train_loss/{self.task_names[task]}": loss for task, loss in losses.items()}
         values |= {f"weight/{self.task_names[task]}": slope for task, slope in slopes.items()}
         failures = zip(self.task_names, self.health.known_total, strict=True)

@@ -14,9 +14,6 @@ from mtl_lightning.modules.base import MultiTaskModule
 from tests.habits.common import MODULES, every_module
 from tests.modules.common import Position, SaveAfterEachBatch, assert_equal_states, loader, trainer
 
-# They have to override `forget_step`.
-KEEP_MORE = ("GradientPopulationModule", "TaskGroupModule")
-
 
 def batches() -> Position:
     return Position(list(loader()))
@@ -61,11 +58,7 @@ def _parameters(module: MultiTaskModule) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "end", [_RaisesBetweenBatches(), _RaisesBeforeStep(), _Stops()], ids=lambda end: type(end).__name__
 )
-def test_a_step_that_broke_off_is_forgotten(name: str, end: Callback, request: pytest.FixtureRequest) -> None:
-    if name in KEEP_MORE:
-        request.applymarker(
-            pytest.mark.xfail(strict=False, reason="what it keeps beyond gradients and losses is not forgotten")
-        )
+def test_a_step_that_broke_off_is_forgotten(name: str, end: Callback) -> None:
     module = MODULES[name](accumulate_batches=2)
     expected = copy.deepcopy(module)
     _break_off(module, end)

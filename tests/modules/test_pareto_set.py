@@ -383,9 +383,16 @@ def test_a_model_selected_in_a_validation_can_be_trained(name: str) -> None:
     assert any(parameter.grad is not None for parameter in member.parameters())
 
 
-@pytest.mark.parametrize("preference", [(0.2, 0.3), (0.2, 0.3, 0.6), (-0.2, 0.6, 0.6)])
-def test_a_preference_off_the_simplex_is_refused(preference: tuple[float, ...]) -> None:
-    with pytest.raises(ValueError, match="`preferences`"):
+def test_multiples_of_a_preference_are_the_same() -> None:
+    module, inputs = pareto_set(), torch.randn(4, 6)
+    expected = module.select((0.2, 0.3, 0.5))(inputs)
+    for name, outputs in module.select((4, 6, 10))(inputs).items():
+        torch.testing.assert_close(outputs, expected[name])
+
+
+@pytest.mark.parametrize("preference", [(0.2, 0.3), (0.0, 0.0, 0.0), (-0.2, 0.6, 0.6)])
+def test_what_is_no_preference_is_refused(preference: tuple[float, ...]) -> None:
+    with pytest.raises(ValueError, match="`preference`"):
         pareto_set().select(preference)
 
 
