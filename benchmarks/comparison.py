@@ -409,7 +409,7 @@ def _run_one(call: tuple[Path, str, str, int]) -> float | None:
     return time.perf_counter() - began
 
 
-def keep(problem: str, folder: Path, scale: str, seconds: float) -> None:
+def keep(problem: str, folder: Path, scale: str) -> None:
     """Keep the numbers and the table of a problem among the results."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     content: Mapping[str, Any] = json.loads((folder / problem / "comparison.json").read_text())
@@ -417,7 +417,6 @@ def keep(problem: str, folder: Path, scale: str, seconds: float) -> None:
         "command": f"python benchmarks/comparison.py --data DATA --problems {problem}"
         + ("" if scale == "small" else f" --scale {scale}"),
         "machine": machine(),
-        "seconds": round(seconds),
         "scale": scale,
         **content,
     }
@@ -444,11 +443,10 @@ def main() -> None:
         path.write_text(yaml.safe_dump(content, sort_keys=False))
         if arguments.only_configurations:
             continue
-        began = time.perf_counter()
         if not run(path, arguments.workers):
             lacking.append(problem)
         compare(["--config", str(path), "--report"])
-        keep(problem, arguments.folder, arguments.scale, time.perf_counter() - began)
+        keep(problem, arguments.folder, arguments.scale)
         print((RESULTS / f"{problem}.md").read_text())
     if lacking:
         sys.exit(f"some runs have no result: {', '.join(lacking)}")

@@ -785,10 +785,10 @@ not been run.
 
 ## How
 
-- **The same for all**: network, optimiser (Adam, learning rate 0.001, no schedule), batches, epochs, seeds and splits.
-  COSMOS's network takes the preference beside its inputs, PHN and PaMaL make one from the same network. Settings of the
-  methods are those in `benchmarks/comparison.py`, the same in all problems but for COSMOS's penalty and for what counts
-  batches. There is no search over learning rates or settings, for no method.
+- **The same for all**: network, optimiser, batches, epochs, seeds and splits. The optimiser is Adam without a schedule,
+  with learning rate RATES. COSMOS's network takes the preference beside its inputs, PHN and PaMaL make one from the
+  same network. Settings of the methods are those in `benchmarks/comparison.py`, the same in all problems but for
+  COSMOS's penalty and for what counts batches. There is no search over learning rates or settings, for no method.
 - **Selection on validation**: the epoch of least validation loss for one network, of the largest hypervolume of the
   validation losses for a set. The test split is read once, after that.
 - **Equal epochs, not equal cost**: a method that takes the gradient of each task pays for each, a population for each
@@ -839,10 +839,19 @@ def introduction(problems: Sequence[Problem]) -> str:
     where = "; ".join(f"{device}, torch {release}" for device, release in sorted(machines))
     last, runs = zip(*map(_last_epochs, problems), strict=True) if problems else ((), ())
     beginning = _BUDGET.format(where=where, last=sum(last), runs=sum(runs)) if problems else _NOTHING
-    parts = [_INTRODUCTION.replace("BUDGET", beginning)]
+    parts = [_INTRODUCTION.replace("BUDGET", beginning).replace("RATES", learning_rates(problems))]
     if problems:
         parts += [_TRAINED, budget_table(problems), _PUBLISHED]
     return "\n\n".join(parts)
+
+
+def learning_rates(problems: Sequence[Problem]) -> str:
+    """Return the learning rates with the problems that they are of."""
+    rates: dict[float, list[str]] = {}
+    for problem in problems:
+        optimizer = problem.configuration["shared"]["optimizer"]
+        rates.setdefault(optimizer["init_args"]["lr"], []).append(problem.name)
+    return " and ".join(f"{rate} ({', '.join(names)})" for rate, names in sorted(rates.items())) or "of each problem"
 
 
 def summaries(problems: Sequence[Problem]) -> str:
