@@ -231,8 +231,8 @@ class Population(nn.Module):
         to zeros, which would be written, read and added to.
         """
         is_fresh = self.theta.grad is None
-        if is_fresh:
-            self.theta.grad = self._memory_of_gradient()
+        gradient = self._memory_of_gradient() if self.theta.grad is None else self.theta.grad
+        self.theta.grad = gradient
         size = 1 if self._chosen == "loop" else self.chunk_size or max(self.size, 1)  # there may be no row here
         done = 0
         try:
@@ -242,10 +242,9 @@ class Population(nn.Module):
                 yield chunk
                 chunk.complete()
         finally:
-            if is_fresh and 0 < done < self.size:  # the loop was left early
+            if is_fresh and done:  # the loop may have been left early, in its last round too
                 chunk.complete()
-                assert self.theta.grad is not None
-                self.theta.grad[done:].zero_()
+                gradient[done:].zero_()
 
     def choose_backend(
         self, function: Callable[[Any, Any], Tensor], inputs: Any, targets: Any, per_subproblem: bool = False

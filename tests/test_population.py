@@ -1097,6 +1097,22 @@ def test_a_new_gradient_holds_nothing_of_the_last_one(backend: Any, chunk_size: 
     assert not population.theta.grad[:, population.columns(["second.*"])[0]].any()
 
 
+@pytest.mark.parametrize("backend", ["vmap", "loop"])
+def test_a_loop_that_is_left_in_its_last_round_leaves_nothing_old(backend: Any) -> None:
+    population = Population(_HalfUsed(), SIZE, backend=backend)
+    inputs = {"first": torch.randn(5, 3), "second": torch.randn(5, 3)}
+    for chunk in population.chunks():
+        chunk.evaluate(_sum, inputs, None).sum().backward()
+    population.theta.grad = None
+    for chunk in population.chunks():
+        chunk.evaluate(_sum, {"first": inputs["first"]}, None).sum().backward()
+        if chunk.members.stop == SIZE:
+            break
+    assert population.theta.grad is not None
+    assert population.theta.grad[:, population.columns(["first.*"])[0]].all()
+    assert not population.theta.grad[:, population.columns(["second.*"])[0]].any()
+
+
 @pytest.mark.parametrize(("backend", "chunk_size"), [("vmap", 2), ("loop", None)])
 def test_a_loop_over_chunks_that_is_left_early_leaves_zeros(backend: Any, chunk_size: int | None) -> None:
     population = Population(nn.Linear(3, 2), SIZE, backend=backend, chunk_size=chunk_size)
