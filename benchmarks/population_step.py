@@ -226,20 +226,20 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def variants(problem: Problem) -> dict[str, Callable[[], None]]:
-    """Return the steps that are compared."""
+def variants(problem: Problem) -> dict[str, Callable[[], Callable[[], None]]]:
+    """Return how to make the steps that are compared."""
     return {
-        LOOP: loop(problem, is_fused=False),
-        FUSED: loop(problem, is_fused=True),
-        "`torch.func` under vmap": torch_func(problem),
-        "`Population`, loop": population(problem, "loop"),
-        "`Population`, vmap": population(problem, "vmap"),
+        LOOP: partial(loop, problem, is_fused=False),
+        FUSED: partial(loop, problem, is_fused=True),
+        "`torch.func` under vmap": partial(torch_func, problem),
+        "`Population`, loop": partial(population, problem, "loop"),
+        "`Population`, vmap": partial(population, problem, "vmap"),
     }
 
 
 def timed(problem: Problem, rounds: int) -> tuple[dict[str, list[float]], str]:
     """Return the seconds of a step of every variant in every round, and the backend that the module has picked."""
-    steps = variants(problem)
+    steps = {name: make() for name, make in variants(problem).items()}
     modules = {
         MODULE: InTrainer(problem, transfer=NoTransfer()),
         f"{MODULE}, with transfer": InTrainer(problem),
@@ -273,7 +273,7 @@ def peak_memory(problem: Problem, name: str) -> float:
     """Return by how many MiB a step exceeds the memory of the state; on a CPU in a process of its own."""
     device = problem.inputs.device
     if device.type == "cuda":
-        step = variants(problem)[name]
+        step = variants(problem)[name]()
         step()
         synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -282,19 +282,12 @@ def peak_memory(problem: Problem, name: str) -> float:
         synchronize(device)
         return (torch.cuda.max_memory_allocated(device) - before) / 2**20
     with multiprocessing.get_context("fork").Pool(1) as pool:
-        return pool.apply(_rise_of_resident_memory, (problem, name, torch.get_num_threads()))
+        return pool.apply(_rise_of_resident_memory, (problem, name))
 
 
-def _rise_of_resident_memory(problem: Problem, name: str, threads: int) -> float:
+def _rise_of_resident_memory(problem: Problem, name: str) -> float:
     torch.set_num_threads(1)  # threads do not survive a fork; the memory is the same
-    make: dict[str, Callable[[], Callable[[], None]]] = {
-        LOOP: lambda: loop(problem, is_fused=False),
-        FUSED: lambda: loop(problem, is_fused=True),
-        "`torch.func` under vmap": lambda: torch_func(problem),
-        "`Population`, loop": lambda: population(problem, "loop"),
-        "`Population`, vmap": lambda: population(problem, "vmap"),
-    }
-    step = make[name]()
+    step = variants(problem)[name]()
     step()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew

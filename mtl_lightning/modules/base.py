@@ -470,33 +470,6 @@ def check_count(name: str, value: int) -> None:
         raise ValueError(f"`{name}` should be at least 1. Found {value}.")
 
 
-def as_preference(preference: Tensor | Sequence[float], num_tasks: int) -> Tensor:
-    """Return the point of the simplex in the direction of ``preference``, on the CPU, float64, shape ``(T,)``.
-
-    Args:
-        preference: A weight for each task, of any sum: positive multiples of one another are the same preference.
-        num_tasks: The number of tasks ``T``.
-
-    Raises:
-        ValueError: If there is not one weight per task, one is negative or not finite, or all are zero.
-
-    Example:
-        >>> as_preference((3, 7), num_tasks=2)
-        tensor([0.3000, 0.7000], dtype=torch.float64)
-    """
-    weights = torch.as_tensor(preference, dtype=torch.float64, device="cpu").detach()
-    if weights.shape != (num_tasks,):
-        raise ValueError(
-            f"`preference` should have shape ({num_tasks},), one weight per task. Found shape {tuple(weights.shape)}."
-        )
-    if not weights.isfinite().all() or (weights < 0).any() or not weights.any():
-        raise ValueError(
-            f"`preference` should hold finite weights of at least 0, not all of them 0. Found {weights.tolist()}."
-        )
-    weights = weights / weights.max()  # or the sum of large weights would overflow
-    return weights / weights.sum()
-
-
 def _check_names(what: str, found: Mapping[str, Any], names: Sequence[str]) -> None:
     missing = [name for name in names if name not in found]
     if missing:

@@ -20,7 +20,6 @@ from mtl_lightning.modules.base import (
     LRSchedulerCallable,
     LRSchedulerInterval,
     OptimizerCallable,
-    as_preference,
     check_count,
 )
 from mtl_lightning.modules.evaluation import PopulationEvaluation
@@ -29,7 +28,7 @@ from mtl_lightning.modules.scaling import gradient_scale
 from mtl_lightning.modules.single_network import LabelledPart, SingleNetworkModule, zero_of
 from mtl_lightning.ordering import OrderingPenalty
 from mtl_lightning.population import UserInputError
-from mtl_lightning.preferences import check_preferences
+from mtl_lightning.preferences import as_preference, check_preferences
 from mtl_lightning.scalarization import Linear, Scalarization
 from mtl_lightning.seeds import mix_seed
 from mtl_lightning.task import Task

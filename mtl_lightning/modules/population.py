@@ -23,7 +23,6 @@ from mtl_lightning.modules.base import (
     LRSchedulerInterval,
     MultiTaskModule,
     OptimizerCallable,
-    as_preference,
 )
 from mtl_lightning.modules.evaluation import PopulationEvaluation
 from mtl_lightning.modules.gradients import average_statistics
@@ -31,7 +30,7 @@ from mtl_lightning.modules.scaling import ScaledSteps
 from mtl_lightning.modules.waiting import meeting
 from mtl_lightning.population import Chunk, Compiler, Population, UserInputError
 from mtl_lightning.population_shards import Shards
-from mtl_lightning.preferences import check_preferences
+from mtl_lightning.preferences import as_preference, check_preferences
 from mtl_lightning.seeds import mix_seed, seed_generators
 from mtl_lightning.task import Task
 
