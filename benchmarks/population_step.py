@@ -150,8 +150,7 @@ def population(problem: Problem, backend: Any, chunk_size: int | None = None) ->
             losses = chunk.evaluate(losses_of, problem.inputs, problem.targets)
             (losses * preferences[chunk.members]).sum().backward()
         optimizer.step()
-        assert networks.theta.grad is not None
-        networks.theta.grad.zero_()
+        networks.theta.grad = None
 
     return step
 

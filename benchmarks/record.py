@@ -14,13 +14,13 @@ from typing import Any
 import torch
 
 
-def summary(values: Sequence[float]) -> str:
+def summary(values: Sequence[float], digits: int = 3) -> str:
     """Return mean and 95 % confidence interval (Student's t)."""
     mean = statistics.fmean(values)
     if len(values) < 2:
-        return f"{mean:.3f}"
+        return f"{mean:.{digits}f}"
     quantile = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}.get(len(values), 2.0)
-    return f"{mean:.3f} ± {quantile * statistics.stdev(values) / math.sqrt(len(values)):.3f}"
+    return f"{mean:.{digits}f} ± {quantile * statistics.stdev(values) / math.sqrt(len(values)):.{digits}f}"
 
 
 def machine() -> dict[str, Any]:

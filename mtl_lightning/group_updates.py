@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mtl_lightning.affinity import ProximalAffinity
+from mtl_lightning.devices import Sent
 from mtl_lightning.grouping import GroupingRule, check_partition
 from mtl_lightning.seeds import mix_seed
 
@@ -17,33 +18,26 @@ class _ReadAhead:
     """The affinity on its way from the device, which goes on with its work meanwhile."""
 
     def __init__(self) -> None:
-        self._copy: Tensor | None = None
-        self._event: Any = None
+        self._sent: Sent | None = None
         self._versions: list[tuple[int, int]] = []
 
     def send(self, affinity: ProximalAffinity) -> None:
         """Send off the matrix as it will be after what the device has been given to do."""
-        matrix = affinity.matrix
-        self._copy = torch.empty(matrix.shape, dtype=matrix.dtype, pin_memory=True)
-        self._copy.copy_(matrix, non_blocking=True)
-        self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self._event.record()
-        self._versions = self._versions_of(affinity)
+        self._sent, self._versions = Sent(affinity.matrix), self._versions_of(affinity)
 
     def take(self, affinity: ProximalAffinity) -> Tensor:
         """Return the matrix on the host: what was sent off, unless the affinity has changed since."""
-        copy, event, self._copy, self._event = self._copy, self._event, None, None
-        if copy is None or self._versions != self._versions_of(affinity):
+        sent, self._sent = self._sent, None
+        if sent is None or self._versions != self._versions_of(affinity):
             return affinity.matrix.cpu()
-        event.synchronize()
-        return copy
+        return sent.read()
 
     @staticmethod
     def _versions_of(affinity: ProximalAffinity) -> list[tuple[int, int]]:
         return [(id(tensor), tensor._version) for tensor in (affinity.average, affinity.counts)]
 
     def __reduce__(self) -> Any:
-        return type(self), ()  # a copy has nothing on its way, and events cannot be copied
+        return type(self), ()  # the versions are not those of a copy
 
 
 class GroupUpdates(nn.Module):

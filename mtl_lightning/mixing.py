@@ -79,7 +79,7 @@ class Mixing:
             healthy: Shape ``(P,)``, bool. The rows of the others may hold NaN; ``M`` gives them no weight.
         """
         rows = self._picked(rows) if self._sources is None else rows
-        mixed = self._product(rows, self._weights(matrix, healthy), healthy)
+        mixed = self._product(rows, matrix, healthy)
         theta = self.population.theta
         if mixed.shape[1] == theta.shape[1]:
             return mixed
@@ -95,14 +95,13 @@ class Mixing:
         buffers = self.population.floating_buffers(self.patterns)
         if not buffers:
             return
-        weights = self._weights(matrix, healthy)
         for dtype in sorted({buffer.dtype for buffer in buffers}, key=str):
             some = [buffer for buffer in buffers if buffer.dtype == dtype]
             own = torch.cat([buffer.reshape(len(buffer), buffer.shape[1:].numel()) for buffer in some], dim=1)
             self.exchange.start(own)
             rows = self.exchange.finish()
             # Infinite entries are constants, such as those of attention masks, and stay.
-            step = self._product(rows.masked_fill(~rows.isfinite(), 0.0), weights, healthy)
+            step = self._product(rows.masked_fill(~rows.isfinite(), 0.0), matrix, healthy)
             widths = [buffer.shape[1:].numel() for buffer in some]
             for buffer, piece in zip(some, torch.split(step, widths, dim=1), strict=True):
                 buffer.add_(piece.view_as(buffer))
@@ -114,26 +113,25 @@ class Mixing:
             return theta[:, :0]
         return torch.cat([theta[:, part] for part in self._columns], dim=1)
 
-    def _weights(self, matrix: Tensor, healthy: Tensor) -> Tensor:
-        """Return the rows of ``M - I`` of this process, shape ``(p, P)``; a sick subproblem receives nothing."""
-        mixing = matrix - torch.eye(len(matrix), device=matrix.device, dtype=matrix.dtype)
-        return mixing.masked_fill(~healthy.unsqueeze(1), 0.0)[self.shards.members]
-
-    def _product(self, rows: Tensor, weights: Tensor, healthy: Tensor) -> Tensor:
-        weights, some_are_sick = weights.to(rows.dtype), may_be_any(~healthy)
+    def _product(self, rows: Tensor, matrix: Tensor, healthy: Tensor) -> Tensor:
+        """Return the rows of ``(M - I) theta`` of this process, zero for a subproblem that is sick."""
+        some_are_sick = may_be_any(~healthy)
         # NaN times zero is NaN, so that no weight is not enough to keep a sick row out.
         if self._sources is None:
+            weights = (matrix - torch.eye(len(matrix), device=matrix.device, dtype=matrix.dtype))[self.shards.members]
             if some_are_sick:
+                weights = weights.masked_fill(~healthy[self.shards.members].unsqueeze(1), 0.0)
                 rows = rows.masked_fill(~healthy[self._held].unsqueeze(1), 0.0)
-            return weights @ rows
+            return weights.to(rows.dtype) @ rows
         heard, places, is_heard = self._sources
-        is_heard = is_heard & healthy[heard]  # who is not heard is replaced by the listener, without weight
-        product = nn.functional.embedding_bag(  # one pass over the rows; every bag is summed up in its order
-            torch.where(is_heard, places, places[:, :1]),
-            rows,
-            per_sample_weights=torch.where(is_heard, weights.gather(1, heard), 0.0),
-            mode="sum",
-        )
+        weights = matrix[self.shards.members].gather(1, heard)
+        weights[:, 0] -= 1.0
+        if some_are_sick:
+            is_heard = is_heard & healthy[heard]  # who is not heard is replaced by the listener, without weight
+            places = torch.where(is_heard, places, places[:, :1])
+        weights = torch.where(is_heard, weights, 0.0).to(rows.dtype)
+        # One pass over the rows; every bag is summed up in its order.
+        product = nn.functional.embedding_bag(places, rows, per_sample_weights=weights, mode="sum")
         if some_are_sick:
             product.masked_fill_(~healthy[heard[:, :1]], 0.0)
         return product
@@ -141,8 +139,8 @@ class Mixing:
     def _find_sources(self, givers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return whom every subproblem hears of, where that row is, and whether it counts, each of shape ``(p, K)``.
 
-        Everyone hears of itself first, then of its givers in their order; who has fewer than others hears of itself,
-        without weight.
+        Everyone hears of itself first, then of its givers in their order; who has fewer than others hears of itself
+        again, without weight.
         """
         lists = [
             [index, *(giver for giver in givers[index].nonzero().flatten().tolist() if giver != index)]

@@ -22,6 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from mtl_lightning.stacked_layers import is_composed, stacked_outputs
+
 _log = logging.getLogger(__name__)
 
 # Rows and their parameters start at multiples of 64 bytes (float32), as separately allocated tensors do: kernels may
@@ -53,9 +55,10 @@ class Population(nn.Module):
         size: The number of subproblems ``P``.
         init: ``"common"``: all start from the network's parameters. ``"independent"``: each draws its own through the
             ``reset_parameters`` methods of the network's modules, from torch's global generator.
-        backend: ``"vmap"`` evaluates all subproblems in batched kernels. ``"loop"`` evaluates them one after another,
-            with a backward pass each, so that only one graph is alive. ``"auto"`` leaves the choice to
-            :meth:`choose_backend`; until it is made the loop is used. Both give the same numbers, except for random
+        backend: ``"vmap"`` evaluates all subproblems in batched kernels: linear layers and what is composed of them by
+            hand (:mod:`~mtl_lightning.stacked_layers`), everything else under ``torch.vmap``. ``"loop"`` evaluates them
+            one after another, with a backward pass each, so that only one graph is alive. ``"auto"`` leaves the choice
+            to :meth:`choose_backend`; until it is made the loop is used. Both give the same numbers, except for random
             numbers drawn inside the network (dropout): these are independent across subproblems in both, but not the
             same.
         chunk_size: With ``"vmap"``, how many subproblems share one graph and one backward pass. All by default; a
@@ -122,11 +125,16 @@ class Population(nn.Module):
         self.compiler = compiler
         self._compiled: dict[Backend, Callable[..., Any]] = {}
         self._gradient: Tensor | None = None
+        self._made: tuple[Any, list[Chunk]] | None = None
         self._chosen: Backend = "loop" if backend == "auto" else backend
 
         self.network = copy.deepcopy(network)
         self._layers = tuple(self.network.modules())  # to go through them takes longer than a small layer
         self._slots, self._num_columns = _find_slots(self.network)
+        self._trainable: dict[nn.Module, list[str]] = {}
+        for slot in self._slots:
+            for owner, name in slot.owners:
+                self._trainable.setdefault(owner, []).append(name)
         copies = [self.network] * size
         if init == "independent":
             copies = [_reinitialized(network) for _ in range(size)]
@@ -233,11 +241,10 @@ class Population(nn.Module):
         is_fresh = self.theta.grad is None
         gradient = self._memory_of_gradient() if self.theta.grad is None else self.theta.grad
         self.theta.grad = gradient
-        size = 1 if self._chosen == "loop" else self.chunk_size or max(self.size, 1)  # there may be no row here
         done = 0
         try:
-            for start in range(0, self.size, size):
-                chunk = Chunk(self, slice(start, min(start + size, self.size)), is_fresh)
+            for chunk in self._chunks_of(gradient):
+                chunk.begin(is_fresh)
                 done = chunk.members.stop
                 yield chunk
                 chunk.complete()
@@ -344,7 +351,7 @@ class Population(nn.Module):
         """Replace every tensor of rows, shape ``(P, ...)``, by ``move`` of it; the number of rows may change."""
         # `.data` keeps the parameter object, which the optimiser and wrappers refer to.
         self.theta.data = move(self.theta.data)
-        self.theta.grad = None
+        self.theta.grad = self._made = None
         for buffer in self.network.buffers():
             buffer.data = move(buffer.data)
 
@@ -367,6 +374,12 @@ class Population(nn.Module):
         for slot in self._slots:
             for owner, name in slot.owners:
                 owner._parameters[name] = None
+        _refresh_recurrent(self._layers)
+
+    def _occupy(self, values: Sequence[Tensor]) -> None:
+        for slot, value in zip(self._slots, values, strict=True):
+            for owner, name in slot.owners:
+                owner._parameters[name] = value  # type: ignore[assignment]  # as in torch.func
         _refresh_recurrent(self._layers)
 
     def _row_stops(self) -> list[int]:
@@ -399,10 +412,23 @@ class Population(nn.Module):
     def _memory_of_gradient(self) -> Tensor:
         """Return memory for the gradient, that of the last step where it fits."""
         memory, theta = self._gradient, self.theta
-        if memory is None or (memory.shape, memory.dtype, memory.device) != (theta.shape, theta.dtype, theta.device):
+        place = (theta.shape, theta.dtype, theta.device, torch.is_inference_mode_enabled())
+        if memory is None or (memory.shape, memory.dtype, memory.device, memory.is_inference()) != place:
             memory = torch.zeros_like(theta)  # padding stays zero
         self._gradient = memory
         return memory
+
+    def _chunks_of(self, gradient: Tensor) -> list[Chunk]:
+        """Return the chunks, those of the last step where nothing has moved: to make them takes a while."""
+        size = 1 if self._chosen == "loop" else self.chunk_size or max(self.size, 1)  # there may be no row here
+        # They keep the memory that they refer to, so that an address stands for it.
+        places = [(t.data_ptr(), t.shape, t.dtype, t.device) for t in (self.theta, gradient)]
+        key = (size, *places, torch.is_inference_mode_enabled())
+        if self._made is None or self._made[0] != key:
+            starts = range(0, self.size, size)
+            chunks = [Chunk(self, slice(start, min(start + size, self.size)), gradient) for start in starts]
+            self._made = (key, chunks)
+        return self._made[1]
 
     def _buffer_slots(self) -> list[tuple[nn.Module, str, Tensor]]:
         return [
@@ -416,10 +442,7 @@ class Population(nn.Module):
         """Return the output of the network with these parameters of one subproblem, and its buffers afterwards."""
         slots, absent = self._buffer_slots(), self._absent_buffers()
         try:
-            for slot, value in zip(self._slots, values, strict=True):
-                for owner, name in slot.owners:
-                    owner._parameters[name] = value  # type: ignore[assignment]  # as in torch.func
-            _refresh_recurrent(self._layers)
+            self._occupy(values)
             for (module, name, _), buffer in zip(slots, buffers, strict=True):
                 module._buffers[name] = buffer
             outputs = self.network(inputs)
@@ -483,9 +506,8 @@ class Population(nn.Module):
         targets: Any,
         per_subproblem: bool,
     ) -> tuple[Any, list[Tensor]]:
-        batched = _dimensions((inputs, targets)) if per_subproblem else (None, None)
-        in_dims = (0, 0 if buffers else None, *batched)
-        if self.compiler is None:
+        dims = _dimensions((inputs, targets)) if per_subproblem else (None, None)
+        if self.compiler is None and not self._is_composed(inputs):
 
             def one(
                 row: Sequence[Tensor], own: Sequence[Tensor], inputs: Any, targets: Any
@@ -493,17 +515,41 @@ class Population(nn.Module):
                 outputs, updated = self._call(row, own, inputs)
                 return function(outputs, targets), updated
 
+            in_dims = (0, 0 if buffers else None, *dims)
             return torch.vmap(one, in_dims=in_dims, randomness="different")(values, buffers, inputs, targets)
 
         # Losses are the user's, who may do in them what a compiler cannot follow.
-        def network(values: list[Tensor], buffers: list[Tensor], inputs: Any) -> tuple[Any, list[Tensor]]:
+        outputs, updated = self._call_all()(values, buffers, inputs, per_subproblem)
+        if function is not _identity:
+            outputs = torch.vmap(function, in_dims=(0, dims[1]), randomness="different")(outputs, targets)
+        return outputs, updated
+
+    def _is_composed(self, inputs: Any) -> bool:
+        return (
+            isinstance(inputs, Tensor)
+            and not any(module._buffers for module in self._layers)
+            and is_composed(self.network)
+        )
+
+    def _outputs_of_all(
+        self, values: list[Tensor], buffers: list[Tensor], inputs: Any, per_subproblem: bool
+    ) -> tuple[Any, list[Tensor]]:
+        """Return the outputs of several networks with these parameters, stacked, and their buffers afterwards."""
+        if not self._is_composed(inputs):
             dims = (0, 0 if buffers else None, _dimensions(inputs) if per_subproblem else None)
             return torch.vmap(self._call, in_dims=dims, randomness="different")(values, buffers, inputs)
+        try:
+            self._occupy(values)
+            return stacked_outputs(self.network, inputs, per_subproblem, len(values[0]), self._trainable), []
+        finally:
+            self._vacate()
 
+    def _call_all(self) -> Callable[..., Any]:
+        if self.compiler is None:
+            return self._outputs_of_all
         if "vmap" not in self._compiled:
-            self._compiled["vmap"] = self.compiler(network)
-        outputs, updated = self._compiled["vmap"](values, buffers, inputs)
-        return torch.vmap(function, in_dims=(0, in_dims[-1]))(outputs, targets), updated
+            self._compiled["vmap"] = self.compiler(self._outputs_of_all)
+        return self._compiled["vmap"]
 
     def _call_one(self) -> Callable[..., Any]:
         if self.compiler is None:
@@ -512,10 +558,15 @@ class Population(nn.Module):
             self._compiled["loop"] = self.compiler(self._call)
         return self._compiled["loop"]
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        # Where parameters go to another device, none of their old memory should stay behind.
+        self._gradient = self._made = None
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
     def __getstate__(self) -> dict[str, Any]:
         # What was compiled refers to this object, not to a copy of it.
         state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
-        return state | {"_compiled": {}, "_gradient": None}
+        return state | {"_compiled": {}, "_gradient": None, "_made": None}
 
     def _explain_vmap(self, error: Exception) -> None:
         if isinstance(error, torch.OutOfMemoryError):
@@ -579,11 +630,11 @@ class Population(nn.Module):
     @contextmanager
     def _preserved(self) -> Iterator[None]:
         gradient, memory, buffers = self.theta.grad, self._gradient, [b.clone() for b in self.network.buffers()]
-        self.theta.grad = self._gradient = None
+        self.theta.grad = self._gradient = self._made = None
         try:
             yield
         finally:
-            self.theta.grad, self._gradient = gradient, memory
+            self.theta.grad, self._gradient, self._made = gradient, memory, None
             for buffer, saved in zip(self.network.buffers(), buffers, strict=True):
                 buffer.copy_(saved)
 
@@ -594,23 +645,20 @@ class Chunk:
     ``backward`` on anything computed from :meth:`evaluate` adds to these rows of ``theta.grad``.
     """
 
-    def __init__(self, population: Population, members: slice, is_fresh: bool) -> None:
+    def __init__(self, population: Population, members: slice, gradient: Tensor) -> None:
         self.members = members
         self._population = population
-        theta = population.theta
-        assert theta.grad is not None
         # Leaves: slices of `theta` would each send back a gradient of the full size, zero but for the slice.
-        self._values = population._pieces(theta.detach()[members])
-        self._receivers: list[_Receiver] = []
-        is_single = members.stop - members.start == 1
-        for leaf, gradient in zip(self._values, population._pieces(theta.grad[members]), strict=True):
+        self._values = population._pieces(population.theta.detach()[members])
+        self._receivers = [_Receiver(piece) for piece in population._pieces(gradient[members])]
+        for leaf, receiver in zip(self._values, self._receivers, strict=True):
             leaf.requires_grad_()
-            if is_single and not is_fresh:
-                leaf.grad = gradient
-            else:  # as `grad` of several rows torch would warn of its strides
-                receiver = _Receiver(gradient, is_fresh)
-                leaf.register_post_accumulate_grad_hook(receiver)  # type: ignore[no-untyped-call]
-                self._receivers.append(receiver)
+            leaf.register_post_accumulate_grad_hook(receiver)  # type: ignore[no-untyped-call]
+
+    def begin(self, is_fresh: bool) -> None:
+        """Be ready for backward passes; ``is_fresh`` tells whether the first one is written over what is there."""
+        for receiver in self._receivers:
+            receiver.is_fresh = is_fresh
 
     def complete(self) -> None:
         """Let the gradient be zero where no backward pass has come."""
@@ -650,22 +698,22 @@ def _unchanged(tensor: Tensor) -> Tensor:
 class _Receiver:
     """Takes the gradient of a leaf to where it belongs; the first one is written over what is there, if that is old."""
 
-    def __init__(self, gradient: Tensor, is_fresh: bool) -> None:
+    def __init__(self, gradient: Tensor) -> None:
         self._gradient = gradient
-        self._is_fresh = is_fresh
+        self.is_fresh = False
 
     def __call__(self, leaf: Tensor) -> None:
         assert leaf.grad is not None
-        if self._is_fresh:
+        if self.is_fresh:
             self._gradient.copy_(leaf.grad)
         else:
             self._gradient.add_(leaf.grad)
-        self._is_fresh, leaf.grad = False, None
+        self.is_fresh, leaf.grad = False, None
 
     def complete(self) -> None:
-        if self._is_fresh:
+        if self.is_fresh:
             self._gradient.zero_()
-        self._is_fresh = False
+        self.is_fresh = False
 
 
 def _rows(value: Tensor) -> tuple[Tensor, ...]:

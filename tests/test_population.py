@@ -1,7 +1,9 @@
 import copy
+import gc
 import io
 import logging
 import re
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -1495,3 +1497,90 @@ def test_frozen_parameters_may_have_another_dtype() -> None:
 
 def test_the_description_names_size_parameters_and_backend() -> None:
     assert Population(nn.Linear(3, 2), 4, backend="vmap").extra_repr() == "size=4, num_parameters=8, backend='vmap'"
+
+
+# ------------------------------------------------------------------------------------------ what is kept between steps
+
+
+@pytest.mark.parametrize(("backend", "chunk_size"), [("vmap", None), ("vmap", 2), ("loop", None)])
+def test_chunks_are_made_once(backend: Any, chunk_size: int | None) -> None:
+    population = Population(_network("mlp"), SIZE, backend=backend, chunk_size=chunk_size)
+    first = list(population.chunks())
+    population.theta.grad = None
+    assert all(old is new for old, new in zip(first, population.chunks(), strict=True))
+
+
+@backends
+@pytest.mark.parametrize("change", ["values", "memory", "gradient", "size", "dtype", "chunk_size"])
+def test_chunks_follow_the_parameters(backend: Any, change: str) -> None:
+    population = Population(_network("mlp"), SIZE, backend=backend)
+    inputs, targets = _batch("mlp")
+    for chunk in population.chunks():
+        chunk.evaluate(_losses, inputs, targets).sum().backward()
+    if change == "values":
+        with torch.no_grad():
+            population.theta.mul_(2.0)
+    elif change == "memory":
+        population.theta.data = population.theta.data * 2.0
+    elif change == "gradient":
+        population.theta.grad = torch.zeros_like(population.theta)
+    elif change == "size":
+        population.select_([2, 0])
+    elif change == "dtype":
+        population.double()
+        inputs, targets = inputs.double(), {name: target.double() for name, target in targets.items()}
+    else:
+        population.chunk_size = 3
+    if change != "gradient":
+        population.theta.grad = None
+    for chunk in population.chunks():
+        chunk.evaluate(_losses, inputs, targets).sum().backward()
+    assert population.theta.grad is not None
+    for row in range(population.size):
+        member = population.member(row)
+        torch.autograd.backward(_losses(member(inputs), targets).sum())
+        for name, part in _slots(population, member):
+            expected = member.get_parameter(name).grad
+            assert expected is not None
+            torch.testing.assert_close(population.theta.grad[row, part].view_as(expected), expected)
+
+
+def test_nothing_of_the_old_parameters_is_kept_where_they_go_elsewhere() -> None:
+    population = Population(_network("mlp"), SIZE, backend="loop")
+    inputs, targets = _batch("mlp")
+    for chunk in population.chunks():
+        chunk.evaluate(_losses, inputs, targets).sum().backward()
+    del chunk
+    population.theta.grad = None
+    old = weakref.ref(population.theta.data.untyped_storage())
+    memory = [
+        weakref.ref(value) for made in population._chunks_of(population._memory_of_gradient()) for value in made._values
+    ]
+    population.double()
+    gc.collect()
+    assert old() is None
+    assert all(value() is None for value in memory)
+
+
+def test_chunks_made_in_inference_mode_are_not_trained() -> None:
+    population = Population(_network("mlp"), SIZE, backend="vmap")
+    inputs, targets = _batch("mlp")
+    with torch.inference_mode():
+        list(population.chunks())
+        population.theta.grad = None
+    for chunk in population.chunks():
+        chunk.evaluate(_losses, inputs, targets).sum().backward()
+    assert population.theta.grad is not None
+    assert population.theta.grad.any()
+
+
+def test_a_compiled_population_takes_both_shared_and_separate_batches() -> None:
+    def compiler(function: Callable[..., Any]) -> Callable[..., Any]:
+        return function  # what is compiled is called with other arguments than those of the first time
+
+    population = Population(_network("mlp"), SIZE, backend="vmap", compiler=compiler)
+    inputs, _ = _batch("mlp")
+    shared = population(inputs)["left"]
+    separate = population.evaluate(lambda outputs, _: outputs, inputs.expand(SIZE, *inputs.shape), None, True)["left"]
+    torch.testing.assert_close(separate, shared)
+    torch.testing.assert_close(population(inputs)["left"], shared)

@@ -29,14 +29,18 @@ class LossAverage:
 
     def update(self, losses: Tensor, tasks: Sequence[int]) -> None:
         """Take in the losses of one batch, shape ``(P, T)``; only the columns of ``tasks`` count."""
-        if self._sums is None:
-            self._sums = torch.zeros_like(losses)
-        self._sums[:, list(tasks)] += losses[:, list(tasks)]
+        if len(tasks) < len(self._counts):
+            counted = torch.zeros_like(losses)
+            counted[:, list(tasks)] = losses[:, list(tasks)]  # the others hold NaN
+            losses = counted
+        self._sums = losses if self._sums is None else self._sums + losses
         self._counts = [count + (task in tasks) for task, count in enumerate(self._counts)]
 
     def compute(self) -> Tensor:
         """Return the means, shape ``(P, T)``; NaN for a task without labels."""
         assert self._sums is not None
+        if all(count == 1 for count in self._counts):  # as in most runs
+            return self._sums
         return self._sums / torch.tensor([count or torch.nan for count in self._counts], device=self._sums.device)
 
     def reset(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -10,6 +11,7 @@ from typing import IO, Any, Literal
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
+from lightning.pytorch.core.hooks import DataHooks
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_warn
@@ -110,6 +112,7 @@ class MultiTaskModule(LightningModule):
         self._monitored: float | None = None
         self._has_validated = False
         self._in_batch = False
+        self._counts_on_host: list[float] | None = None
         self._signals = DeferredSignals()
         # Losses may hold buffers of their own (class weights), which have to move with the module.
         self._losses = nn.ModuleList(task.loss for task in self.tasks if isinstance(task.loss, nn.Module))
@@ -196,6 +199,75 @@ class MultiTaskModule(LightningModule):
             counts.append(torch.as_tensor(task.num_labels(target), dtype=torch.float32, device=target.device))
         return torch.stack(counts)
 
+    @property
+    def data_world_size(self) -> int:
+        """How many ranks share the data of a step."""
+        return self.trainer.world_size
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Count the labels while they are on the host, where reading the counts waits for nothing."""
+        if self.trainer.training and self._has_labels_before_transfer():
+            targets = self.unpack_batch(batch)[1]
+            self._counts_on_host = self._presence(targets) or self.count_labels(targets).tolist()
+        return batch
+
+    def _presence(self, targets: Any) -> list[float] | None:
+        """Return a count of labels for each task that stands for all of them, if there is one.
+
+        Where a batch is an update on one rank, its losses are the means already, and all that counts is whether there
+        are labels. In most data the first sample tells; counting those of dense targets can take longer than a step.
+        """
+        is_whole = self.data_world_size == 1 and self.accumulate_batches == 1
+        # An override may count otherwise than label by label.
+        is_plain = type(self).count_labels is MultiTaskModule.count_labels and all(
+            type(task).num_labels is Task.num_labels for task in self.tasks
+        )
+        if not is_whole or not is_plain or not isinstance(targets, Mapping):
+            return None
+        first = {
+            name: target[:1] if isinstance(target, Tensor) and target.ndim else target
+            for name, target in targets.items()
+        }
+        counts: list[float] = self.count_labels(first).tolist()
+        return counts if all(counts) else None
+
+    def _has_labels_before_transfer(self) -> bool:
+        """Return whether the targets are known, and final, before the batch is on the device."""
+        owners: list[Any] = [self, getattr(self.trainer, "datamodule", None)]
+        hooks = ("transfer_batch_to_device", "on_after_batch_transfer")
+        plain = (
+            getattr(type(owner), hook) is getattr(DataHooks, hook)
+            for owner in owners
+            if owner is not None
+            for hook in hooks
+        )
+        # An override of `unpack_batch` may need the device, or draw random numbers: it is called once.
+        return type(self).unpack_batch is MultiTaskModule.unpack_batch and all(plain)
+
+    def take_label_counts(self, targets: Mapping[str, Tensor]) -> list[float]:
+        """Return the number of labels of each task in the batch in training; to be called once a batch."""
+        counts = self.count_labels(targets).tolist() if self._counts_on_host is None else self._counts_on_host
+        self._counts_on_host = None
+        return counts
+
+    def total_labels(self, counts: Sequence[float]) -> list[float]:
+        """Return the number of labels of each task over all ranks."""
+        if self.data_world_size == 1:
+            return list(counts)
+        # Training in half precision changes the default dtype, in which a count would be rounded.
+        own = torch.tensor(counts, dtype=torch.float64, device=self.device)
+        totals: list[float] = self.reduced(own, "sum").tolist()
+        return totals
+
+    def label_shares(self, counts: Sequence[float], totals: Sequence[float]) -> list[float]:
+        """Return factors for the losses of a batch on this rank, by task, zero without labels.
+
+        With them, the mean over ranks of the sum over batches is the mean over all labels, ``totals`` in number.
+        """
+        return [
+            count * self.data_world_size / total if count else 0.0 for count, total in zip(counts, totals, strict=True)
+        ]
+
     def reduced(self, tensor: Tensor, operation: Literal["mean", "sum"]) -> Tensor:
         """Return the mean or the sum of ``tensor`` over the ranks, equal on all of them; it may be changed."""
         if self.trainer.world_size == 1:
@@ -239,6 +311,8 @@ class MultiTaskModule(LightningModule):
 
     def configure_callbacks(self) -> list[Any]:
         """Refuse trainer flags that do not reach manual optimisation; see to checkpoints; add no callback."""
+        # Lightning tells every user of a data module that the hook is that of the module; nobody has to act on it.
+        warnings.filterwarnings("ignore", message=".*overridden `on_before_batch_transfer` in `LightningModule`.*")
         # Lightning refuses them as well, a little later, but cannot name our arguments.
         if self.trainer.gradient_clip_val is not None:
             raise MisconfigurationException(

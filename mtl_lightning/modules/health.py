@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
+
+from mtl_lightning.devices import Sent
 
 
 class TaskHealth(nn.Module):
@@ -48,8 +49,7 @@ class TaskHealth(nn.Module):
         self.known_total: list[int] = [0] * len(self.task_names)  # as last read
         self._warned: set[tuple[str, str]] = set()
         self._masks: dict[tuple[int, ...], Tensor] = {}
-        self._pending: Tensor | None = None
-        self._event: Any = None
+        self._pending: Sent | None = None
 
     @torch.no_grad()
     def observe(self, tasks: Sequence[int], losses: Tensor) -> None:
@@ -67,14 +67,7 @@ class TaskHealth(nn.Module):
             FloatingPointError: If a task has failed more often in a row than it may; on all ranks alike.
         """
         self.report()
-        counted = torch.stack([self.in_a_row, self.total, self.nonpositive])
-        if counted.is_cuda:
-            self._pending = torch.empty(counted.shape, dtype=counted.dtype, pin_memory=True)
-            self._pending.copy_(counted, non_blocking=True)
-            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._event.record()
-        else:
-            self._pending = counted
+        self._pending = Sent(torch.stack([self.in_a_row, self.total, self.nonpositive]))
 
     def report(self) -> None:
         """Read what was sent off, and report it.
@@ -84,10 +77,7 @@ class TaskHealth(nn.Module):
         """
         if self._pending is None:
             return
-        if self._event is not None:
-            self._event.synchronize()
-            self._event = None
-        in_a_row, self.known_total, nonpositive = self._pending.tolist()
+        in_a_row, self.known_total, nonpositive = self._pending.read().tolist()
         self._pending = None
         for task, name in enumerate(self.task_names):
             if in_a_row[task] >= self.max_nonfinite:

@@ -16,7 +16,7 @@ from mtl_lightning.population import Chunk, Compiler
 from mtl_lightning.preferences import check_preferences
 from mtl_lightning.scalarization import Linear, Scalarization
 from mtl_lightning.task import Task
-from mtl_lightning.transfer import NeighborTransfer, NoTransfer, TransferContext, TransferRule, check_matrix
+from mtl_lightning.transfer import NeighborTransfer, TransferContext, TransferRule, check_matrix
 
 
 class MT2OModule(PopulationModule):
@@ -165,7 +165,7 @@ class MT2OModule(PopulationModule):
         Over several ranks the scalarisation is applied to the losses of the whole batch, as in one process: its slopes
         there weigh the losses of the ranks, whose gradients are averaged before the step.
         """
-        preferences = self.preferences[self.shards.members][chunk.members][:, list(part.tasks)]
+        preferences = part.preferences[chunk.members]
         losses, values = self.losses_in_ranks(chunk, part)
         if self.data_world_size == 1:
             assert losses is not None
@@ -206,7 +206,7 @@ class MT2OModule(PopulationModule):
     def _is_transfer_due(self) -> bool:
         batch = self.batches_seen + 1
         due = batch // self.transfer_every > self._transferred_at // self.transfer_every
-        return due and not isinstance(self.transfer, NoTransfer) and self.shards.size > 1
+        return due and self.shards.size > 1 and not self.transfer.is_over(self._transfers, self.population.theta.dtype)
 
     def _prepared_mixing(self) -> Mixing:
         if self._mixing is None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
-from mtl_lightning.devices import may_be_any
+from mtl_lightning.devices import Sent, is_read_at_once, may_be_any
 from mtl_lightning.elementwise import check_elementwise
 from mtl_lightning.growth import Growth, Stage
 from mtl_lightning.modules.base import (
@@ -45,8 +45,9 @@ class Part:
         per_subproblem: Whether inputs and targets have one slice for each subproblem of this rank, ``(p, B, ...)``.
         own: The tasks with labels on this rank.
         tasks: The tasks with labels on any rank.
-        shares: Factors for the losses of this rank, shape ``(T,)``: the mean over ranks of the weighted losses is the
-            mean over all labels.
+        preferences: Those of the subproblems of this process, shape ``(p, T')``, with the columns of ``tasks``.
+        shares: A factor for each task's losses on this rank: the mean over ranks of the weighted losses is the mean
+            over all labels.
     """
 
     inputs: Any
@@ -54,7 +55,8 @@ class Part:
     per_subproblem: bool
     own: tuple[int, ...]
     tasks: tuple[int, ...]
-    shares: Tensor
+    preferences: Tensor
+    shares: list[float]
 
 
 class PopulationModule(MultiTaskModule):
@@ -157,6 +159,7 @@ class PopulationModule(MultiTaskModule):
         self._live = self._stages[0].preferences
         # No buffer: callbacks average buffers, and these are no numbers.
         self._healthy = torch.ones(size, dtype=torch.bool)
+        self._sent_health: list[Sent] = []  # of the last two steps, where to look would mean to wait
 
     # ------------------------------------------------------------------------------------------------ what users read
 
@@ -284,7 +287,7 @@ class PopulationModule(MultiTaskModule):
         weighted = None
         if part.own:
             losses = chunk.evaluate(self.loss_vector, part.inputs, part.targets, part.per_subproblem)
-            weighted = losses * part.shares[list(part.own)]
+            weighted = losses * losses.new_tensor([part.shares[task] for task in part.own])
             values[:, [part.tasks.index(task) for task in part.own]] = weighted.detach().to(values)
         return weighted, self.reduced(values, "mean")
 
@@ -419,11 +422,11 @@ class PopulationModule(MultiTaskModule):
 
     def _train(self, batch: Any, batch_idx: int) -> None:
         inputs, targets = self.unpack_batch(batch)
-        labels = self.count_labels(targets)
+        counts = self.take_label_counts(targets)
         self._compare_inputs(inputs)
-        self._heal()
+        self._heal(waits=False)
         self._grow()
-        part = self._part(inputs, targets, labels)
+        part = self._part(inputs, targets, counts)
         is_due = self.is_step_due()
         self.before_gradients(is_due and bool(part.tasks or self._losses_of_step.tasks))
         if part.tasks:
@@ -459,10 +462,9 @@ class PopulationModule(MultiTaskModule):
                 "and draw random augmentation from a generator that all processes seed alike."
             )
 
-    def _part(self, inputs: Any, targets: Mapping[str, Tensor], labels: Tensor) -> Part:
-        total = self.reduced(labels.clone(), "sum")
-        here, anywhere = torch.stack([labels, total]).tolist()  # waits for the device
-        shares = labels * self.data_world_size / total.clamp(min=1.0)
+    def _part(self, inputs: Any, targets: Mapping[str, Tensor], here: list[float]) -> Part:
+        anywhere = self.total_labels(here)
+        shares = self.label_shares(here, anywhere)
         own = tuple(task for task, count in enumerate(here) if count)
         known: Any = {self.task_names[task]: targets[self.task_names[task]] for task in own}
         independent = self.batches == "independent"
@@ -470,14 +472,20 @@ class PopulationModule(MultiTaskModule):
             cut = partial(_sliced, size=self.shards.size, members=self.shards.members)
             inputs, known = pytree.tree_map_only(Tensor, cut, (inputs, known))
         tasks = tuple(task for task, count in enumerate(anywhere) if count)
-        return Part(inputs, known, independent, own, tasks, shares)
+        preferences = self.preferences[self.shards.members]
+        preferences = preferences if len(tasks) == len(self.tasks) else preferences[:, list(tasks)]
+        return Part(inputs, known, independent, own, tasks, preferences, shares)
 
     def _add_all_gradients(self, part: Part) -> Tensor:
         """Add the gradients of all subproblems of this process; return their losses, shape ``(p, T)``."""
         self._choose_backend(part)
         losses = torch.full((self.population.size, len(self.tasks)), torch.nan, device=self.device, dtype=torch.float32)
-        for chunk in self._seeded_chunks():
-            losses[chunk.members, list(part.tasks)] = self.add_gradients(chunk, part).to(losses)
+        every = [self.add_gradients(chunk, part) for chunk in self._seeded_chunks()]
+        if every:
+            found = torch.cat(every).to(losses)
+            if len(part.tasks) == len(self.tasks):
+                return found
+            losses[:, list(part.tasks)] = found
         return losses
 
     def _seeded_chunks(self) -> Iterator[Chunk]:
@@ -497,6 +505,8 @@ class PopulationModule(MultiTaskModule):
         self.reduce_gradients()
         assert theta.grad is not None
         losses, self._healthy = self._share_health(losses, tasks)
+        if not is_read_at_once(self._healthy):
+            self._sent_health = [*self._sent_health[-1:], Sent(self._healthy)]
         failed = ~self._healthy[self.shards.members]
         if may_be_any(failed):
             theta.grad.masked_fill_(failed.unsqueeze(1), 0.0)
@@ -563,7 +573,7 @@ class PopulationModule(MultiTaskModule):
         self._stage = stage
         self._live = self._stages[stage].preferences
         size = len(self._live)
-        self._healthy = self._healthy.new_ones(size)
+        self._healthy, self._sent_health = self._healthy.new_ones(size), []
         self._frozen = ()
 
     def _inherit(self, parents: Sequence[int]) -> None:
@@ -598,9 +608,22 @@ class PopulationModule(MultiTaskModule):
             healthy[index] = False
         return losses, healthy
 
-    def _heal(self) -> None:
-        """Look at the subproblems that failed in the last step, and do what ``on_nonfinite`` says."""
-        failed = [index for index in (~self._healthy).nonzero().flatten().tolist() if index not in self._frozen]
+    def _heal(self, waits: bool = True) -> None:
+        """Look at the subproblems that failed in the last step, and do what ``on_nonfinite`` says.
+
+        Args:
+            waits: Whether to wait for a device that is not done with that step. If not, those that failed in the step
+                before it are found.
+        """
+        if is_read_at_once(self._healthy) or waits:
+            failed = self._newly_failed(self._healthy)
+        elif len(self._sent_health) == 2:
+            failed = self._newly_failed(self._sent_health[0].read())
+        else:
+            return
+        if failed and not self._accumulated:
+            self._healthy[failed] = False  # a step later they may look well
+            failed = self._newly_failed(self._healthy)
         if not failed or self._accumulated:
             return
         names = "; ".join(
@@ -620,9 +643,12 @@ class PopulationModule(MultiTaskModule):
             return
         sources = self._healthy_sources()
         self._inherit(sources)
-        self._healthy = torch.ones_like(self._healthy)
+        self._healthy, self._sent_health = torch.ones_like(self._healthy), []
         self.on_replaced(failed)
         rank_zero_warn(f"{report} Restarted from subproblem {', '.join(str(sources[index]) for index in failed)}.")
+
+    def _newly_failed(self, healthy: Tensor) -> list[int]:
+        return [index for index in (~healthy).nonzero().flatten().tolist() if index not in self._frozen]
 
     def _healthy_sources(self) -> list[int]:
         """Return for each subproblem itself, if it is healthy, or else the healthy one of the nearest preference."""

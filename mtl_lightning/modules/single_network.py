@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -11,7 +10,6 @@ from typing import Any, ClassVar
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.core.hooks import DataHooks
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -109,7 +107,6 @@ class SingleNetworkModule(MultiTaskModule):
         self.network = network
         self._evaluation = PopulationEvaluation(self.tasks, size=1)
         self._scaled_steps = ScaledSteps()
-        self._counts_on_host: list[float] | None = None
         self._pending_gradients: dict[int, Tensor] | None = None
 
     def forward(self, inputs: Any) -> dict[str, Tensor]:
@@ -148,8 +145,6 @@ class SingleNetworkModule(MultiTaskModule):
                 ``ModelParallelStrategy`` without tensor parallelism, or what is sharded is not what is called.
         """
         super().on_fit_start()
-        # Lightning tells every user of a data module that the hook is that of the module; nobody has to act on it.
-        warnings.filterwarnings("ignore", message=".*overridden `on_before_batch_transfer` in `LightningModule`.*")
         kind = type(self).__name__
         sharding = ", or sharded, with `ModelParallelStrategy(data_parallel_size=..., tensor_parallel_size=1)`"
         is_known = isinstance(self.trainer.strategy, DDPStrategy) or (self.shards_network and self.can_be_sharded)
@@ -184,52 +179,6 @@ class SingleNetworkModule(MultiTaskModule):
                 '`shard_network(self.network, self.device_mesh["data_parallel"])` of `mtl_lightning.sharding` there.'
             )
 
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Count the labels while they are on the host, where reading the counts waits for nothing."""
-        if self.trainer.training and self._has_labels_before_transfer():
-            targets = self.unpack_batch(batch)[1]
-            self._counts_on_host = self._presence(targets) or self.count_labels(targets).tolist()
-        return batch
-
-    def _presence(self, targets: Any) -> list[float] | None:
-        """Return a count of labels for each task that stands for all of them, if there is one.
-
-        Where a batch is an update on one rank, its losses are the means already, and all that counts is whether there
-        are labels. In most data the first sample tells; counting those of dense targets can take longer than a step.
-        """
-        is_whole = self.trainer.world_size == 1 and self.accumulate_batches == 1
-        # An override may count otherwise than label by label.
-        is_plain = type(self).count_labels is MultiTaskModule.count_labels and all(
-            type(task).num_labels is Task.num_labels for task in self.tasks
-        )
-        if not is_whole or not is_plain or not isinstance(targets, Mapping):
-            return None
-        first = {
-            name: target[:1] if isinstance(target, Tensor) and target.ndim else target
-            for name, target in targets.items()
-        }
-        counts: list[float] = self.count_labels(first).tolist()
-        return counts if all(counts) else None
-
-    def _has_labels_before_transfer(self) -> bool:
-        """Return whether the targets are known, and final, before the batch is on the device."""
-        owners: list[Any] = [self, getattr(self.trainer, "datamodule", None)]
-        hooks = ("transfer_batch_to_device", "on_after_batch_transfer")
-        plain = (
-            getattr(type(owner), hook) is getattr(DataHooks, hook)
-            for owner in owners
-            if owner is not None
-            for hook in hooks
-        )
-        # An override of `unpack_batch` may need the device, or draw random numbers: it is called once.
-        return type(self).unpack_batch is MultiTaskModule.unpack_batch and all(plain)
-
-    def take_label_counts(self, targets: Mapping[str, Tensor]) -> list[float]:
-        """Return the number of labels of each task in the batch in training; to be called once a batch."""
-        counts = self.count_labels(targets).tolist() if self._counts_on_host is None else self._counts_on_host
-        self._counts_on_host = None
-        return counts
-
     def shared_part(self, batch: Any) -> tuple[LabelledPart, list[int]]:
         """Return what the batch in training holds for this rank, and the tasks with labels on any; once a batch."""
         inputs, targets = self.unpack_batch(batch)
@@ -243,23 +192,6 @@ class SingleNetworkModule(MultiTaskModule):
         """Return the losses of the tasks with labels on this rank, by task, each of shape ``()``."""
         losses = self.checked_losses(outputs, part.targets) if part.targets else {}
         return {self.task_names.index(name): loss for name, loss in losses.items()}
-
-    def total_labels(self, counts: Sequence[float]) -> list[float]:
-        """Return the number of labels of each task over all ranks."""
-        if self.trainer.world_size == 1:
-            return list(counts)
-        # Training in half precision changes the default dtype, in which a count would be rounded.
-        own = torch.tensor(counts, dtype=torch.float64, device=self.device)
-        totals: list[float] = self.reduced(own, "sum").tolist()
-        return totals
-
-    def label_shares(self, counts: Sequence[float], totals: Sequence[float]) -> list[float]:
-        """Return factors for the losses of a batch on this rank, by task, zero without labels.
-
-        With them, the mean over ranks of the sum over batches is the mean over all labels, ``totals`` in number.
-        """
-        world_size = self.trainer.world_size
-        return [count * world_size / total if count else 0.0 for count, total in zip(counts, totals, strict=True)]
 
     def mean_over_labels(self, values: Mapping[int, Tensor], shares: Sequence[float], tasks: Sequence[int]) -> Tensor:
         """Return the part of a batch in the means over all labels and ranks, float64, shape ``(T,)``.

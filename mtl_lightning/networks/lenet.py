@@ -58,6 +58,12 @@ class LeNetEncoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the features, shape ``(B, out_features)``, of images, shape ``(B, in_channels, height, width)``."""
-        features = functional.max_pool2d(self.conv1(images), 2).relu()
+        features = functional.max_pool2d(_channels_last(self.conv1(images)), 2).relu()
         features = functional.max_pool2d(self.conv2(features), 2).relu()
         return self.linear(torch.flatten(features, start_dim=1)).relu()
+
+
+def _channels_last(features: Tensor) -> Tensor:
+    """Return ``features`` in the order in memory in which the CPU pools them three times as fast."""
+    # Not by `memory_format`, which vmap does not know.
+    return features.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2) if features.device.type == "cpu" else features

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Any
 
 from torch import Tensor, nn
+
+from mtl_lightning.stacked_layers import Call
 
 
 class MLP(nn.Module):
@@ -52,3 +55,7 @@ class MLP(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         """Return the features, shape ``(B, out_features)``, of inputs, shape ``(B, ...)``."""
         return self.layers(inputs)
+
+    def compose(self, call: Call, inputs: Any) -> Any:
+        """Return what ``forward`` does, every part evaluated by ``call``; for populations."""
+        return call(self.layers, inputs)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
+
+from mtl_lightning.stacked_layers import Call
 
 
 class MultiHeadNetwork(nn.Module):
@@ -42,3 +46,7 @@ class MultiHeadNetwork(nn.Module):
         """Return the prediction of each task, by name."""
         features = self.encoder(inputs)
         return {task: head(features) for task, head in self.heads.items()}
+
+    def compose(self, call: Call, inputs: Any) -> Any:
+        """Return what ``forward`` does, every part evaluated by ``call``; for populations."""
+        return call(self.heads, call(self.encoder, inputs))
