@@ -47,7 +47,7 @@ class Sent:
             self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._event.record()
         else:
-            self._copy = tensor.detach().cpu() if not is_read_at_once(tensor) else tensor.detach().clone()
+            self._copy = tensor.detach().to("cpu", copy=True)
 
     def read(self) -> Tensor:
         """Return it, on the host."""

@@ -104,10 +104,10 @@ class TransferContext:
 
         It costs no evaluation: the task losses of every subproblem on the shared batch are known.
         """
-        columns = list(self.tasks)
-        size = len(self.preferences)
-        losses = self.losses[:, columns].expand(size, -1, -1)
-        preferences = self.preferences[:, columns].unsqueeze(1).expand(-1, size, -1)
+        size, losses, preferences = len(self.preferences), self.losses, self.preferences
+        if len(self.tasks) < losses.shape[1]:
+            losses, preferences = losses[:, list(self.tasks)], preferences[:, list(self.tasks)]
+        losses, preferences = losses.expand(size, -1, -1), preferences.unsqueeze(1).expand(-1, size, -1)
         return self.scalarization(losses, preferences, tasks=self.tasks)
 
 

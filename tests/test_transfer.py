@@ -693,3 +693,33 @@ def test_what_is_no_transfer_matrix(matrix: Tensor, message: str) -> None:
 @pytest.mark.parametrize("matrix", [torch.eye(3), torch.full((3, 3), 1 / 3), torch.rand(3, 3).softmax(dim=1)])
 def test_what_is_a_transfer_matrix(matrix: Tensor) -> None:
     check_matrix(matrix, 3, NoTransfer())
+
+
+# -------------------------------------------------------------------------------------------------------- the end of it
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("decay", [0.9, 0.99])
+def test_mixing_is_over_where_the_own_weight_rounds_to_one(decay: float, dtype: torch.dtype) -> None:
+    rule = NeighborTransfer(strength=0.5, decay=decay)
+    last = max(step for step in range(6000) if not rule.is_over(step, dtype))
+    kept = [1 - torch.tensor(0.5, dtype=torch.float64) * decay**step for step in (last, last + 1)]
+    assert kept[0].to(dtype) < 1 or dtype == torch.float64  # in which the reference rounds as well
+    assert kept[1].to(dtype) == 1
+
+
+def test_mixing_that_does_not_fade_is_never_over() -> None:
+    assert not NeighborTransfer(decay=1.0).is_over(10**9, torch.float32)
+    assert not DistanceTransfer(decay=1.0).is_over(10**9, torch.float32)
+    assert not ProportionalTransfer().is_over(10**9, torch.float32)
+    assert not AdvantageTransfer().is_over(10**9, torch.float32)
+
+
+def test_no_transfer_is_over_from_the_start() -> None:
+    assert NoTransfer().is_over(0, torch.float32)
+
+
+def test_the_cap_of_the_distance_rule_fades_away() -> None:
+    rule = DistanceTransfer(cap=0.5, decay=0.9)
+    assert not rule.is_over(0, torch.float32)
+    assert rule.is_over(1000, torch.float32)

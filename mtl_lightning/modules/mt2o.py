@@ -203,6 +203,10 @@ class MT2OModule(PopulationModule):
             self._transferred_at = self.batches_seen + 1
         self.scalarization.observe(losses.masked_fill(~self._healthy.unsqueeze(1), torch.nan))
 
+    def mixes_parameters(self) -> bool:
+        """Return whether a transfer is due."""
+        return self._is_transfer_due()
+
     def _is_transfer_due(self) -> bool:
         batch = self.batches_seen + 1
         due = batch // self.transfer_every > self._transferred_at // self.transfer_every

@@ -272,6 +272,14 @@ class PopulationModule(MultiTaskModule):
         """
         step()
 
+    def mixes_parameters(self) -> bool:
+        """Return whether subproblems are given parameters of others in this step, so that these have to be finite.
+
+        Those of a network that gives finite losses and gradients seldom are not; otherwise they are looked at before a
+        validation and at the end of an epoch.
+        """
+        return False
+
     def losses_in_ranks(self, chunk: Chunk, part: Part) -> tuple[Tensor | None, Tensor]:
         """Evaluate some subproblems on this rank's data.
 
@@ -596,11 +604,14 @@ class PopulationModule(MultiTaskModule):
     def _share_health(self, losses: Tensor, tasks: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """Return the losses of all subproblems, ``(P, T)``, and which of them are finite, ``(P,)``."""
         theta = self.population.theta
-        wide = torch.promote_types(theta.dtype, torch.float32)  # in half precision the sum of a row may overflow
-        healthy = losses[:, list(tasks)].isfinite().all(dim=1) & theta.detach().sum(dim=1, dtype=wide).isfinite()
+        known = losses if len(tasks) == losses.shape[1] else losses[:, list(tasks)]  # the others hold NaN
+        healthy = known.isfinite().all(dim=1)
+        if self.mixes_parameters():
+            healthy &= self._has_finite_parameters()
         if getattr(self.trainer.precision_plugin, "scaler", None) is None:
             # Under a gradient scaler an overflow is no failure: the scaler skips the step and lowers the scale.
             assert theta.grad is not None
+            wide = torch.promote_types(theta.dtype, torch.float32)  # in half precision the sum of a row may overflow
             healthy &= theta.grad.sum(dim=1, dtype=wide).isfinite()
         every = self.shards.gather(torch.cat([losses, healthy.unsqueeze(1).to(losses)], dim=1))
         losses, healthy = every[:, :-1], every[:, -1] > 0
@@ -615,6 +626,9 @@ class PopulationModule(MultiTaskModule):
             waits: Whether to wait for a device that is not done with that step. If not, those that failed in the step
                 before it are found.
         """
+        if waits and not self._accumulated:
+            finite = self.shards.gather(self._has_finite_parameters())
+            self._healthy = self._healthy.to(finite.device) & finite
         if is_read_at_once(self._healthy) or waits:
             failed = self._newly_failed(self._healthy)
         elif len(self._sent_health) == 2:
@@ -646,6 +660,12 @@ class PopulationModule(MultiTaskModule):
         self._healthy, self._sent_health = torch.ones_like(self._healthy), []
         self.on_replaced(failed)
         rank_zero_warn(f"{report} Restarted from subproblem {', '.join(str(sources[index]) for index in failed)}.")
+
+    def _has_finite_parameters(self) -> Tensor:
+        """Return which subproblems of this process have, shape ``(p,)``."""
+        theta = self.population.theta.detach()
+        wide = torch.promote_types(theta.dtype, torch.float32)  # in half precision the sum of a row may overflow
+        return theta.sum(dim=1, dtype=wide).isfinite()
 
     def _newly_failed(self, healthy: Tensor) -> list[int]:
         return [index for index in (~healthy).nonzero().flatten().tolist() if index not in self._frozen]

@@ -7,9 +7,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset
 
 from mtl_lightning.modules import MT2OModule
@@ -148,3 +151,53 @@ def assert_equal_states(found: Mapping[str, Any], expected: Mapping[str, Any], i
             assert_equal_states(found[key], value, ignored)
         else:
             assert found[key] == value, key
+
+
+class Reads(TorchFunctionMode):
+    """Notes what reads a tensor on the host, or copies numbers of Python into one, inside some methods.
+
+    Args:
+        monkeypatch: That of the test.
+        watched: The methods, as owner and name, and the list that takes the notes: ``"found"`` or ``"deferred"``.
+    """
+
+    READS = ("item", "tolist", "numpy", "cpu", "nonzero", "__bool__", "__float__", "__int__", "__index__", "__array__")
+    COPIES = (torch.tensor, torch.as_tensor, torch.from_numpy)
+    OPERATORS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "lift_fresh")
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, watched: Sequence[tuple[Any, str, str]]) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self.deferred: list[str] = []
+        self._place: list[list[str]] = []
+        reads = self
+
+        class Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
+            def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                reads.note(function.overloadpacket.__name__, reads.OPERATORS)
+                return function(*args, **(kwargs or {}))
+
+        self.operators = Operators()  # type: ignore[no-untyped-call]
+        for owner, name, into in watched:
+            monkeypatch.setattr(owner, name, self._inside(getattr(owner, name), getattr(self, into)))
+
+    def _inside(self, method: Any, into: list[str]) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self._place.append(into)
+            try:
+                return method(*args, **kwargs)
+            finally:
+                self._place.pop()
+
+        return call
+
+    def note(self, name: str, among: Sequence[str]) -> None:
+        if self._place and name in among:
+            self._place[-1].append(name)
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(function, "__name__", "")
+        self.note(name, self.READS)
+        if function in self.COPIES:
+            self.note(name, (name,))
+        return function(*args, **(kwargs or {}))

@@ -5,6 +5,7 @@ import csv
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -18,14 +19,17 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.data import DataLoader
 from torchmetrics import MeanAbsoluteError, MeanSquaredError, MetricCollection
 
+from mtl_lightning import devices
 from mtl_lightning.callbacks import HypervolumeCallback, ParetoFrontCallback
 from mtl_lightning.callbacks.objectives import is_population
 from mtl_lightning.datamodules import MultiDigitsDataModule
 from mtl_lightning.growth import Doubling
 from mtl_lightning.modules import MT2OModule
+from mtl_lightning.modules import population as modules_population
 from mtl_lightning.networks import MLP, LeNetEncoder, MultiHeadNetwork
 from mtl_lightning.pareto import hypervolume
 from mtl_lightning.preferences import simplex_lattice
@@ -46,6 +50,7 @@ from tests.modules.common import (
     Interleaved,
     Pairs,
     Position,
+    Reads,
     SaveAfterEachBatch,
     assert_equal_states,
     flat,
@@ -587,6 +592,23 @@ def test_the_module_satisfies_the_protocol_of_the_callbacks() -> None:
     assert is_population(protocol)
 
 
+class _Counted(NeighborTransfer):
+    """Counts how often it is asked."""
+
+    calls = 0
+
+    def received(self, context: TransferContext) -> Tensor:
+        self.calls += 1
+        return super().received(context)
+
+
+def test_a_transfer_that_is_over_is_not_made() -> None:
+    counted = _Counted(strength=0.5, decay=1e-4)
+    module = mt2o(transfer=counted)
+    trainer(max_epochs=2).fit(module, loader())
+    assert counted.calls == 2  # masses 0.5 and 5e-5; 5e-9 is lost in float32
+
+
 # ------------------------------------------------------------------------------------------------ sick subproblems
 
 
@@ -689,6 +711,121 @@ def test_raise_stops_the_run_and_names_the_preference() -> None:
 def test_raise_does_not_overlook_the_last_batch() -> None:
     with pytest.raises(FloatingPointError, match="subproblem 2"):
         trainer(callbacks=[_Poison(2, 4)]).fit(mt2o(on_nonfinite="raise"), loader())  # the last of 5 batches
+
+
+@pytest.fixture
+def busy_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let tensors be such that the host would have to wait for, as those of a device are."""
+    for module in (devices, modules_population):
+        monkeypatch.setattr(module, "is_read_at_once", lambda tensor: False)
+
+
+@pytest.mark.usefixtures("busy_device")
+@pytest.mark.parametrize("rule", RULES)
+def test_where_the_host_does_not_wait_nothing_spreads_either(rule: str) -> None:
+    module = mt2o(transfer=RULES[rule](), on_nonfinite="freeze", network=network(dropout=1e-9))
+    with pytest.warns(UserWarning, match="Not finite after 4 batches.*trained no further"):
+        trainer(callbacks=[_Poison(0, 2)], max_epochs=2).fit(module, loader())
+    assert torch.isfinite(rows(module)[1:]).all()
+    for buffer in module.population.network.buffers():
+        assert torch.isfinite(buffer[1:].float()).all()
+
+
+@pytest.mark.usefixtures("busy_device")
+def test_where_the_host_does_not_wait_a_failure_of_one_batch_is_seen_a_batch_later() -> None:
+    class Restarted(Callback):
+        at: int | None = None
+
+        def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+            theta = pl_module.population.theta
+            if self.at is None and pl_module.batches_seen > 2 and torch.isfinite(theta).all():
+                self.at = pl_module.batches_seen
+
+    module, check = mt2o(on_nonfinite="reseed", optimizer=OPTIMIZERS["adam"], transfer=NoTransfer()), Restarted()
+    with pytest.warns(UserWarning, match=r"Not finite after 4 batches: subproblem 3.*Restarted from subproblem 2"):
+        trainer(callbacks=[_Poison(3, 2), check], max_epochs=2).fit(module, loader())
+    assert check.at == 5  # poisoned before the third batch, seen before the fifth
+    assert torch.isfinite(rows(module)).all()
+
+
+@pytest.mark.usefixtures("busy_device")
+def test_a_loss_that_fails_once_is_not_overlooked_where_the_host_does_not_wait() -> None:
+    class Once(nn.Module):
+        calls = 0
+
+        def forward(self, preds: Tensor, target: Tensor) -> Tensor:
+            Once.calls += 1
+            return functional.l1_loss(preds, target) + (torch.nan if Once.calls == 6 else 0.0)
+
+    tasks = [Task("a", Once()), Task("b", nn.L1Loss())]
+    module = mt2o(tasks=tasks, on_nonfinite="reseed", backend="loop", transfer=NoTransfer())  # four calls a batch
+    with pytest.warns(UserWarning, match=r"Not finite after 3 batches: subproblem 1"):
+        trainer(max_epochs=2).fit(module, loader())
+
+
+@pytest.mark.usefixtures("busy_device")
+def test_the_end_of_an_epoch_waits_for_the_last_batch() -> None:
+    with pytest.raises(FloatingPointError, match="subproblem 2"):
+        trainer(callbacks=[_Poison(2, 4)]).fit(mt2o(on_nonfinite="raise"), loader())  # the last of 5 batches
+
+
+def test_whether_the_host_waits_changes_nothing_where_nothing_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    states = []
+    for known in (True, False):
+        for module in (devices, modules_population):
+            monkeypatch.setattr(module, "is_read_at_once", lambda tensor, known=known: known)
+        seed_everything(0)
+        trained = mt2o(growth=Doubling(every_n_batches=2), optimizer=OPTIMIZERS["adam"])
+        trainer(max_epochs=2).fit(trained, loader(), loader())
+        states.append(rows(trained))
+    assert torch.equal(*states)
+
+
+class _Watched(Callback):
+    """Starts to watch with the second batch: what is done once is done by then."""
+
+    def __init__(self, reads: Reads) -> None:
+        self.reads = reads
+        self.exit = ExitStack()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 0:
+            self.exit.enter_context(self.reads)
+            self.exit.enter_context(self.reads.operators)
+
+    def on_train_end(self, *_: Any) -> None:
+        self.exit.close()
+
+
+@pytest.mark.usefixtures("busy_device")
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"transfer": AdvantageTransfer()},
+        {"transfer": DistanceTransfer()},
+        {"transfer": NoTransfer(), "gradient_clip_norm": 1.0},
+        {"scalarization": SmoothChebyshev()},
+        {"batches": "independent"},
+        {"backend": "loop"},
+    ],
+    ids=str,
+)
+def test_nothing_waits_for_the_device_inside_a_batch(
+    arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = mt2o(**{"backend": "vmap", **arguments})
+    reads = Reads(
+        monkeypatch,
+        [
+            (MT2OModule, "training_step", "found"),
+            (MT2OModule, "_heal", "deferred"),  # what was sent to the host a batch before
+            (MT2OModule, "_log_training", "deferred"),
+        ],
+    )
+    trainer(callbacks=[_Watched(reads)], log_every_n_steps=1000).fit(module, loader())
+    assert reads.found == []
+    assert "nonzero" in reads.deferred
 
 
 def test_children_of_a_frozen_subproblem_come_from_a_healthy_one() -> None:

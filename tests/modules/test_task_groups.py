@@ -20,8 +20,6 @@ from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import ProcessRaisedException
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torchmetrics import MeanSquaredError
 
@@ -42,7 +40,7 @@ from mtl_lightning.modules.health import TaskHealth
 from mtl_lightning.networks import MLP, MultiHeadNetwork
 from mtl_lightning.protocols import TaskGroupProtocol, TaskLossesProtocol
 from mtl_lightning.task import Task
-from tests.modules.common import Interleaved, Position, SaveAfterEachBatch, assert_equal_states, trainer
+from tests.modules.common import Interleaved, Position, Reads, SaveAfterEachBatch, assert_equal_states, trainer
 from tests.modules.processes import Synchronised
 
 NAMES = ("a", "b", "c", "d")
@@ -529,59 +527,13 @@ def test_heads_outside_the_group_have_no_graph() -> None:
     assert sorted(graphs) == sorted((name, with_graph) for name in NAMES for with_graph in (True, False, False))
 
 
-class _Reads(TorchFunctionMode):
-    """Notes what reads a tensor on the host, or copies numbers of Python into one, inside a training step.
-
-    Noted apart is what the rule and the report on sick tasks read, which was sent to the host before, and what
-    Lightning does with logged values in the batches that log.
-    """
-
-    READS = ("item", "tolist", "numpy", "cpu", "nonzero", "__bool__", "__float__", "__int__", "__index__", "__array__")
-    COPIES = (torch.tensor, torch.as_tensor, torch.from_numpy)
-    OPERATORS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "lift_fresh")
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        super().__init__()
-        self.found: list[str] = []
-        self.deferred: list[str] = []
-        self._place: list[list[str]] = []
-        reads = self
-
-        class Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
-            def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-                reads.note(function.overloadpacket.__name__, reads.OPERATORS)
-                return function(*args, **(kwargs or {}))
-
-        self.operators = Operators()  # type: ignore[no-untyped-call]
-        for owner, name, into in (
-            (TaskGroupModule, "training_step", self.found),
-            (GroupUpdates, "begin", self.deferred),
-            (TaskHealth, "finish_batch", self.deferred),
-            (TaskGroupModule, "_log_training", self.deferred),
-        ):
-            monkeypatch.setattr(owner, name, self._inside(getattr(owner, name), into))
-
-    def _inside(self, method: Any, into: list[str]) -> Any:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            self._place.append(into)
-            result = method(*args, **kwargs)
-            self._place.pop()
-            return result
-
-        return call
-
-    def note(self, name: str, among: Sequence[str]) -> None:
-        if self._place and name in among:
-            self._place[-1].append(name)
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = getattr(function, "__name__", "")
-        self.note(name, self.READS)
-        if function in self.COPIES:
-            self.note(name, (name,))
-        return function(*args, **(kwargs or {}))
-
-
+# What the rule and the report on sick tasks read was sent to the host before; in batches that log Lightning reads.
+_WATCHED = [
+    (TaskGroupModule, "training_step", "found"),
+    (GroupUpdates, "begin", "deferred"),
+    (TaskHealth, "finish_batch", "deferred"),
+    (TaskGroupModule, "_log_training", "deferred"),
+]
 _READING: list[dict[str, Any]] = [
     {},
     {"measure_last": True, "warmup_batches": 0, "grouping": Threshold(0.0)},
@@ -598,7 +550,7 @@ def test_nothing_waits_for_the_device_inside_a_batch(
     monkeypatch.setattr(split_network, "is_read_at_once", lambda tensor: False)  # as of the tensors of a device
     module = task_groups(**arguments)
     trainer().fit(module, batches(2))  # what is done once is done now
-    reads = _Reads(monkeypatch)
+    reads = Reads(monkeypatch, _WATCHED)
     with reads, reads.operators:
         trainer(log_every_n_steps=1000).fit(module, batches(4))
     assert reads.found == []
@@ -608,7 +560,7 @@ def test_nothing_waits_for_the_device_inside_a_batch(
 def test_on_the_cpu_a_pass_reads_the_losses_once(monkeypatch: pytest.MonkeyPatch) -> None:
     module = task_groups(measure_last=True)
     trainer().fit(module, batches(2))
-    reads = _Reads(monkeypatch)
+    reads = Reads(monkeypatch, _WATCHED)
     with reads, reads.operators:
         trainer(log_every_n_steps=1000).fit(module, batches(4))
     assert reads.found == ["tolist"] * 4 * 3
