@@ -78,9 +78,9 @@ def problems(device: torch.device, chosen: list[str]) -> list[Callable[[], Probl
         encoder = LeNetEncoder(in_channels=1)
         return problem("LeNet, 2 heads, batch 64", encoder, encoder.out_features, torch.randn(64, 1, 36, 36), 2, size)
 
-    def resnet(size: int) -> Problem:
+    def resnet(size: int, batch: int) -> Problem:
         encoder: Any = torchvision.models.resnet18(num_classes=64)
-        return problem("ResNet-18, 2 heads, batch 16", encoder, 64, torch.randn(16, 3, 32, 32), 2, size)
+        return problem(f"ResNet-18, 2 heads, batch {batch}", encoder, 64, torch.randn(batch, 3, 32, 32), 2, size)
 
     def vit(size: int) -> Problem:
         encoder = VisionTransformerEncoder(64, 8, in_channels=3, width=64, depth=4, num_heads=4)
@@ -89,7 +89,7 @@ def problems(device: torch.device, chosen: list[str]) -> list[Callable[[], Probl
     every: dict[str, list[Callable[[], Problem]]] = {
         "mlp": [partial(mlp, 5, 3, 128), partial(mlp, 25, 3, 128), partial(mlp, 25, 8, 256)],
         "lenet": [partial(lenet, 5), partial(lenet, 25)],
-        "resnet": [partial(resnet, 5)],
+        "resnet": [partial(resnet, 5, 16), partial(resnet, 5, 128)],
         "vit": [partial(vit, 5)],
     }
     return [make for name in chosen for make in every[name]]
@@ -268,6 +268,20 @@ def timed(problem: Problem, rounds: int) -> tuple[dict[str, list[float]], str]:
     return seconds, modules[MODULE].module.population.active_backend
 
 
+def choosing(problem: Problem) -> dict[str, Any]:
+    """Return what ``backend="auto"`` picks on a new population, and how long it takes for that, once."""
+    networks = Population(problem.network, problem.size, backend="auto")
+    began = time.perf_counter()
+    backend = networks.choose_backend(losses_of, problem.inputs, problem.targets)
+    synchronize(problem.inputs.device)
+    return {
+        "problem": problem.name,
+        "size": problem.size,
+        "variant": f'`backend="auto"` picks {backend}, once',
+        "milliseconds": 1e3 * (time.perf_counter() - began),
+    }
+
+
 def peak_memory(problem: Problem, name: str) -> float:
     """Return by how many MiB a step exceeds the memory of the state; on a CPU in a process of its own."""
     device = problem.inputs.device
@@ -362,7 +376,8 @@ def rows_of(problem: Problem, rounds: int) -> list[dict[str, Any]]:
         if not name.startswith(MODULE) and Path("/proc/self/clear_refs").exists():
             row["mebibytes"] = peak_memory(problem, name)
         rows.append(row)
-    return rows
+    best = min(row["milliseconds"] for row in rows if row["variant"].startswith("`Population`"))
+    return [*rows, {**(choice := choosing(problem)), "steps": choice["milliseconds"] / best, "limit": limit}]
 
 
 def table(runs: list[dict[str, Any]]) -> str:
@@ -372,6 +387,12 @@ def table(runs: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in runs:
+        if "steps" in row:
+            took = f"as long as {row['steps']:.1f} steps"
+            lines.append(
+                f"| {row['problem']} | {row['size']} | {row['variant']} | {row['milliseconds']:.1f} |  | {took} |  |  |"
+            )
+            continue
         ratios = [
             f"{median:.2f} ({low:.2f} to {high:.2f})"
             for median, low, high in (row[f"faster than {LOOP}"], row[f"faster than {FUSED}"])

@@ -30,6 +30,8 @@ _log = logging.getLogger(__name__)
 # sum in another order on unaligned data, and then a subproblem would not equal the same network trained alone.
 _ALIGNMENT = 16
 
+_SLOW = 0.1  # the seconds of a pass from which on one is enough to time it
+
 Backend = Literal["vmap", "loop"]
 Compiler = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -261,8 +263,8 @@ class Population(nn.Module):
         Nothing changes but the choice: gradients, buffers and random state are put back. Does nothing unless
         ``backend`` is ``"auto"``. A network that vmap cannot run falls to the loop, with a line in the log. Another
         line tells the choice, the times and the memory that the graph of a backward pass holds. All takes about as long
-        as two to four steps: the loop is timed on a few subproblems, vmap once more than to warm up, or up to three
-        times where the two are close.
+        as two to five steps: the loop is timed on a few subproblems, vmap once more than to warm up, unless it is much
+        slower then; where a pass is short, or the two are close, they are timed up to three times.
         """
         if self.backend != "auto" or self.size == 1:
             self._chosen = "loop" if self.backend == "auto" else self.backend
@@ -272,7 +274,10 @@ class Population(nn.Module):
         for backend in ("loop", "vmap"):
             self._chosen = backend
             try:
-                memory[backend] = self._measure(function, inputs, targets, per_subproblem)
+                memory[backend], first = self._measure(function, inputs, targets, per_subproblem)
+                if backend == "vmap" and first > max(_SLOW, 3 * seconds["loop"]):
+                    seconds[backend] = first  # it will not become that much faster
+                    continue
                 seconds[backend] = self._time(function, inputs, targets, per_subproblem, seconds.get("loop"))
             except torch.OutOfMemoryError:
                 if backend == "loop":
@@ -576,8 +581,13 @@ class Population(nn.Module):
             f"`backend='auto'`, which falls to it. Found: {str(error).splitlines()[0]}"
         ) from error
 
-    def _measure(self, function: Callable[[Any, Any], Tensor], inputs: Any, targets: Any, per_subproblem: bool) -> int:
-        """Return the bytes that the graph of one chunk holds beyond parameters and inputs; this warms up, too."""
+    def _measure(
+        self, function: Callable[[Any, Any], Tensor], inputs: Any, targets: Any, per_subproblem: bool
+    ) -> tuple[int, float]:
+        """Return the bytes that the graph of one chunk holds beyond parameters and inputs, and the seconds of it.
+
+        This warms up, too, so that the seconds are too many.
+        """
         held: dict[int, int] = {}
         given = [self.theta, *(leaf for leaf in pytree.tree_leaves((inputs, targets)) if isinstance(leaf, Tensor))]
 
@@ -588,12 +598,15 @@ class Population(nn.Module):
             return tensor
 
         with self._rehearsed():
+            start = time.perf_counter()
             for chunk in itertools.islice(self.chunks(), 1):
                 with torch.autograd.graph.saved_tensors_hooks(keep, _unchanged):
                     losses = chunk.evaluate(function, inputs, targets, per_subproblem)
                 losses.sum().backward()
+            _synchronize(self.theta.device)
+            seconds = time.perf_counter() - start
         known = {tensor.untyped_storage().data_ptr() for tensor in given if tensor.layout is torch.strided}
-        return sum(size for place, size in held.items() if place not in known)
+        return sum(size for place, size in held.items() if place not in known), seconds
 
     def _time(
         self,
@@ -615,8 +628,10 @@ class Population(nn.Module):
                     chunk.evaluate(function, inputs, targets, per_subproblem).sum().backward()
                     members += len(range(self.size)[chunk.members])
                 _synchronize(self.theta.device)
-                best = min(best, (time.perf_counter() - start) * self.size / members)
-                if other is not None and not 2 / 3 < best / other < 3 / 2:
+                taken = time.perf_counter() - start
+                best = min(best, taken * self.size / members)
+                is_clear = other is not None and not 2 / 3 < best / other < 3 / 2
+                if is_clear or (other is None and taken > _SLOW):
                     break
         return best
 
