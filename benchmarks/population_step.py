@@ -121,7 +121,7 @@ def loop(problem: Problem, is_fused: bool) -> Callable[[], None]:
     return step
 
 
-def torch_func(problem: Problem) -> Callable[[], None]:
+def torch_func(problem: Problem, chunk_size: int | None = None) -> Callable[[], None]:
     """Return the step as torch's guide on ensembles has it: stacked parameters, ``functional_call`` under vmap."""
     networks = [copy.deepcopy(problem.network) for _ in range(problem.size)]
     parameters, buffers = stack_module_state(networks)
@@ -133,7 +133,8 @@ def torch_func(problem: Problem) -> Callable[[], None]:
 
     def step() -> None:
         optimizer.zero_grad()
-        (torch.vmap(one, randomness="different")(parameters, buffers) * preferences).sum().backward()
+        losses = torch.vmap(one, randomness="different", chunk_size=chunk_size)(parameters, buffers)
+        (losses * preferences).sum().backward()
         optimizer.step()
 
     return step
@@ -227,13 +228,17 @@ def synchronize(device: torch.device) -> None:
 
 def variants(problem: Problem) -> dict[str, Callable[[], Callable[[], None]]]:
     """Return how to make the steps that are compared."""
-    return {
+    steps = {
         LOOP: partial(loop, problem, is_fused=False),
         FUSED: partial(loop, problem, is_fused=True),
         "`torch.func` under vmap": partial(torch_func, problem),
         "`Population`, loop": partial(population, problem, "loop"),
         "`Population`, vmap": partial(population, problem, "vmap"),
     }
+    if problem.size > 5:
+        steps["`torch.func`, `vmap(chunk_size=5)`"] = partial(torch_func, problem, 5)
+        steps["`Population`, vmap, `chunk_size=5`"] = partial(population, problem, "vmap", 5)
+    return steps
 
 
 def timed(problem: Problem, rounds: int) -> tuple[dict[str, list[float]], str]:

@@ -11,6 +11,8 @@ from mtl_lightning.devices import may_be_any
 from mtl_lightning.population import Population
 from mtl_lightning.population_shards import RowExchange, Shards
 
+_MANY_ROWS = 64
+
 
 class Mixing:
     """Computes what a transfer adds to the parameters, and mixes the buffers.
@@ -49,6 +51,10 @@ class Mixing:
         if givers is not None:
             heard, places, is_heard = self._find_sources(givers)
             self._sources = (heard.to(device), places.to(device), is_heard.to(device))
+        self._own_places = torch.tensor(
+            [[self.exchange.held.index(index)] for index in shards.own], dtype=torch.long, device=device
+        )
+        self._memory: Tensor | None = None  # of the latest step
         self._started = False
 
     def start(self) -> None:
@@ -71,7 +77,7 @@ class Mixing:
 
     @torch.no_grad()
     def step(self, rows: Tensor, matrix: Tensor, healthy: Tensor) -> Tensor:
-        """Return ``(M - I) theta`` for the subproblems of this process, shape ``(p, D)``.
+        """Return ``(M - I) theta`` for the subproblems of this process, shape ``(p, D)``, until the next call.
 
         Args:
             rows: What :meth:`receive` returned.
@@ -79,7 +85,7 @@ class Mixing:
             healthy: Shape ``(P,)``, bool. The rows of the others may hold NaN; ``M`` gives them no weight.
         """
         rows = self._picked(rows) if self._sources is None else rows
-        mixed = self._product(rows, matrix, healthy)
+        mixed = self._product(rows, matrix, healthy, self._memory_for(rows))
         theta = self.population.theta
         if mixed.shape[1] == theta.shape[1]:
             return mixed
@@ -113,42 +119,57 @@ class Mixing:
             return theta[:, :0]
         return torch.cat([theta[:, part] for part in self._columns], dim=1)
 
-    def _product(self, rows: Tensor, matrix: Tensor, healthy: Tensor) -> Tensor:
-        """Return the rows of ``(M - I) theta`` of this process, zero for a subproblem that is sick."""
+    def _product(self, rows: Tensor, matrix: Tensor, healthy: Tensor, memory: Tensor | None = None) -> Tensor:
+        """Return the rows of ``(M - I) theta`` of this process, zero for a subproblem that is sick, in ``memory``."""
+        weights = (matrix - torch.eye(len(matrix), device=matrix.device, dtype=matrix.dtype))[self.shards.members]
         some_are_sick = may_be_any(~healthy)
-        # NaN times zero is NaN, so that no weight is not enough to keep a sick row out.
-        if self._sources is None:
-            weights = (matrix - torch.eye(len(matrix), device=matrix.device, dtype=matrix.dtype))[self.shards.members]
-            if some_are_sick:
-                weights = weights.masked_fill(~healthy[self.shards.members].unsqueeze(1), 0.0)
-                rows = rows.masked_fill(~healthy[self._held].unsqueeze(1), 0.0)
-            return weights.to(rows.dtype) @ rows
-        heard, places, is_heard = self._sources
-        weights = matrix[self.shards.members].gather(1, heard)
-        weights[:, 0] -= 1.0
         if some_are_sick:
-            is_heard = is_heard & healthy[heard]  # who is not heard is replaced by the listener, without weight
-            places = torch.where(is_heard, places, places[:, :1])
-        weights = torch.where(is_heard, weights, 0.0).to(rows.dtype)
-        # One pass over the rows; every bag is summed up in its order.
+            weights = weights.masked_fill(~healthy[self.shards.members].unsqueeze(1), 0.0)
+        if self._sources is None:
+            return torch.mm(weights.to(rows.dtype), self._without_sick(rows, healthy, some_are_sick), out=memory)
+        heard, places, is_heard = self._sources
+        weights = torch.where(is_heard, weights.gather(1, heard), 0.0).to(rows.dtype)
+        if self._are_few(rows):
+            rows = self._without_sick(rows, healthy, some_are_sick)
+            dense = weights.new_zeros(len(weights), len(rows)).scatter_add_(1, places, weights)
+            return torch.mm(dense, rows, out=memory)
+        if some_are_sick:  # who is not heard is replaced by the listener, without weight
+            is_well = healthy[heard]
+            places, weights = torch.where(is_well, places, self._own_places), weights.masked_fill(~is_well, 0.0)
         product = nn.functional.embedding_bag(places, rows, per_sample_weights=weights, mode="sum")
         if some_are_sick:
-            product.masked_fill_(~healthy[heard[:, :1]], 0.0)
+            product.masked_fill_(~healthy[self.shards.members].unsqueeze(1), 0.0)
         return product
+
+    def _without_sick(self, rows: Tensor, healthy: Tensor, some_are_sick: bool) -> Tensor:
+        # NaN times zero is NaN, so that no weight is not enough to keep a sick row out.
+        return rows.masked_fill(~healthy[self._held].unsqueeze(1), 0.0) if some_are_sick else rows
+
+    def _are_few(self, rows: Tensor) -> bool:
+        """Return whether a product with all rows is faster than one sum for each listener, and gives the same.
+
+        On the CPU it sums in the order of the rows as well, except for a single listener; and it can use the memory of
+        the last step again, without which large rows take several times as long.
+        """
+        is_exact = rows.device.type == "cpu" and rows.dtype in (torch.float32, torch.float64)
+        return is_exact and len(rows) <= _MANY_ROWS and len(self._own) > 1
+
+    def _memory_for(self, rows: Tensor) -> Tensor:
+        shape = (len(self._own), rows.shape[1])
+        if self._memory is None or (self._memory.shape, self._memory.dtype) != (shape, rows.dtype):
+            self._memory = rows.new_empty(shape)
+        return self._memory
 
     def _find_sources(self, givers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return whom every subproblem hears of, where that row is, and whether it counts, each of shape ``(p, K)``.
 
-        Everyone hears of itself first, then of its givers in their order; who has fewer than others hears of itself
+        Everyone hears of itself and of its givers, in their order; who has fewer than others hears of the last one
         again, without weight.
         """
-        lists = [
-            [index, *(giver for giver in givers[index].nonzero().flatten().tolist() if giver != index)]
-            for index in range(self.shards.size)
-        ]
+        lists = [sorted({index, *givers[index].nonzero().flatten().tolist()}) for index in range(self.shards.size)]
         length = max(map(len, lists))
         own = [lists[index] for index in self.shards.own]
-        heard = [some + some[:1] * (length - len(some)) for some in own]
+        heard = [some + some[-1:] * (length - len(some)) for some in own]
         places = {index: place for place, index in enumerate(self.exchange.held)}
         shape = (len(own), length)
         return (

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mtl_lightning import mixing
 from mtl_lightning.mixing import Mixing
 from mtl_lightning.networks import MLP, ConvEncoder, MultiHeadNetwork
 from mtl_lightning.population import Population
@@ -251,3 +252,39 @@ def test_no_parameter_matches_a_pattern_of_buffers() -> None:
     step = _transfer(population, _mixing(SIZE), patterns=["*.running_mean"])
     assert step.shape == population.theta.shape
     assert not step.any()
+
+
+@pytest.mark.parametrize("sick", [None, 1])
+@pytest.mark.parametrize("size", [2, 5, 8, 25])
+def test_the_product_and_the_sums_one_by_one_are_equal_bit_for_bit(
+    size: int, sick: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A process with one subproblem sums, one with several multiplies: else results would depend on their number.
+    population = _population(_separate(_network("mlp"), size=size))
+    places = torch.arange(size)
+    givers = (places[:, None] - places).abs() <= 2
+    matrix = torch.rand(size, size) * givers
+    matrix /= matrix.sum(dim=1, keepdim=True)
+    healthy = torch.ones(size, dtype=torch.bool)
+    if sick is not None:
+        population.theta.data[sick], healthy[sick] = torch.nan, False
+        matrix[:, sick] = 0.0
+    steps = []
+    for many in (64, 0):
+        monkeypatch.setattr(mixing, "_MANY_ROWS", many)
+        one = Mixing(population, Shards(size), givers)
+        steps.append(one.step(one.receive(), matrix, healthy).clone())
+    assert torch.equal(*steps)
+    assert steps[0].any()
+    assert torch.isfinite(steps[0]).all()
+
+
+def test_steps_use_the_same_memory_again_and_buffers_use_other() -> None:
+    population = _population(_separate(_network("batch_norm")))
+    one = Mixing(population, Shards(SIZE), EVERYONE)
+    matrix = torch.full((SIZE, SIZE), 1 / SIZE)
+    first = one.step(one.receive(), matrix, ALL_HEALTHY)
+    kept = first.clone()
+    one.mix_buffers(matrix, ALL_HEALTHY)
+    assert torch.equal(first, kept)
+    assert one.step(one.receive(), matrix, ALL_HEALTHY).data_ptr() == first.data_ptr()
