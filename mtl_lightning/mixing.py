@@ -51,9 +51,8 @@ class Mixing:
         if givers is not None:
             heard, places, is_heard = self._find_sources(givers)
             self._sources = (heard.to(device), places.to(device), is_heard.to(device))
-        self._own_places = torch.tensor(
-            [[self.exchange.held.index(index)] for index in shards.own], dtype=torch.long, device=device
-        )
+        own_places = [self.exchange.held.index(index) for index in shards.own]
+        self._own_places = torch.tensor(own_places, dtype=torch.long, device=device).unsqueeze(1)
         self._memory: Tensor | None = None  # of the latest step
         self._started = False
 
@@ -85,7 +84,8 @@ class Mixing:
             healthy: Shape ``(P,)``, bool. The rows of the others may hold NaN; ``M`` gives them no weight.
         """
         rows = self._picked(rows) if self._sources is None else rows
-        mixed = self._product(rows, matrix, healthy, self._memory_for(rows))
+        memory = self._memory_for(rows) if self._sources is None or self._are_few(rows) else None
+        mixed = self._product(rows, matrix, healthy, memory)
         theta = self.population.theta
         if mixed.shape[1] == theta.shape[1]:
             return mixed

@@ -13,6 +13,7 @@ import itertools
 import logging
 import math
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from mtl_lightning.devices import is_read_at_once
 from mtl_lightning.stacked_layers import is_composed, stacked_outputs
 
 _log = logging.getLogger(__name__)
@@ -125,7 +127,8 @@ class Population(nn.Module):
         self.backend: Literal["vmap", "loop", "auto"] = backend
         self.chunk_size = chunk_size
         self.compiler = compiler
-        self._compiled: dict[Backend, Callable[..., Any]] = {}
+        self._is_of_parts = True  # as far as one knows
+        self._compiled: dict[str, Callable[..., Any]] = {}
         self._gradient: Tensor | None = None
         self._made: tuple[Any, list[Chunk]] | None = None
         self._chosen: Backend = "loop" if backend == "auto" else backend
@@ -275,7 +278,8 @@ class Population(nn.Module):
             self._chosen = backend
             try:
                 memory[backend], first = self._measure(function, inputs, targets, per_subproblem)
-                if backend == "vmap" and first > max(_SLOW, 3 * seconds["loop"]):
+                warms_up = self.compiler is not None or not is_read_at_once(self.theta)
+                if backend == "vmap" and not warms_up and first > max(_SLOW, 3 * seconds["loop"]):
                     seconds[backend] = first  # it will not become that much faster
                     continue
                 seconds[backend] = self._time(function, inputs, targets, per_subproblem, seconds.get("loop"))
@@ -494,7 +498,7 @@ class Population(nn.Module):
             mine, target = inputs, targets
             if per_subproblem:
                 mine, target = _sliced((inputs, targets), index)
-            outputs, updated = self._call_one()(row, own, mine)
+            outputs, updated = self._compiled_or_not("loop", self._call)(row, own, mine)
             result = function(outputs, target)
             for (module, name, _), buffer, new in zip(slots, own, updated, strict=True):
                 if new is not buffer:
@@ -512,7 +516,21 @@ class Population(nn.Module):
         per_subproblem: bool,
     ) -> tuple[Any, list[Tensor]]:
         dims = _dimensions((inputs, targets)) if per_subproblem else (None, None)
-        if self.compiler is None and not self._is_composed(inputs):
+        updated: list[Tensor] = []
+        if self._is_composed(inputs):
+            try:
+                outputs = self._compiled_or_not("parts", self._outputs_by_parts)(values, inputs, per_subproblem)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception:
+                # What goes from part to part may be no tensors. If all at once fails as well, it was something else.
+                self._is_of_parts = False
+                try:
+                    return self._run_stacked(values, buffers, function, inputs, targets, per_subproblem)
+                except Exception:
+                    self._is_of_parts = True
+                    raise
+        elif self.compiler is None:
 
             def one(
                 row: Sequence[Tensor], own: Sequence[Tensor], inputs: Any, targets: Any
@@ -522,46 +540,41 @@ class Population(nn.Module):
 
             in_dims = (0, 0 if buffers else None, *dims)
             return torch.vmap(one, in_dims=in_dims, randomness="different")(values, buffers, inputs, targets)
-
-        # Losses are the user's, who may do in them what a compiler cannot follow.
-        outputs, updated = self._call_all()(values, buffers, inputs, per_subproblem)
+        else:
+            # Losses are the user's, who may do in them what a compiler cannot follow.
+            outputs, updated = self._compiled_or_not("vmap", self._outputs_at_once)(
+                values, buffers, inputs, per_subproblem
+            )
         if function is not _identity:
             outputs = torch.vmap(function, in_dims=(0, dims[1]), randomness="different")(outputs, targets)
         return outputs, updated
 
     def _is_composed(self, inputs: Any) -> bool:
-        return (
-            isinstance(inputs, Tensor)
-            and not any(module._buffers for module in self._layers)
-            and is_composed(self.network)
-        )
+        """Return whether the network is evaluated part by part."""
+        has_buffers = any(module._buffers for module in self._layers)
+        return isinstance(inputs, Tensor) and self._is_of_parts and not has_buffers and is_composed(self.network)
 
-    def _outputs_of_all(
-        self, values: list[Tensor], buffers: list[Tensor], inputs: Any, per_subproblem: bool
-    ) -> tuple[Any, list[Tensor]]:
-        """Return the outputs of several networks with these parameters, stacked, and their buffers afterwards."""
-        if not self._is_composed(inputs):
-            dims = (0, 0 if buffers else None, _dimensions(inputs) if per_subproblem else None)
-            return torch.vmap(self._call, in_dims=dims, randomness="different")(values, buffers, inputs)
+    def _outputs_by_parts(self, values: list[Tensor], inputs: Tensor, per_subproblem: bool) -> Any:
+        """Return the outputs of several networks with these parameters, stacked."""
         try:
             self._occupy(values)
-            return stacked_outputs(self.network, inputs, per_subproblem, len(values[0]), self._trainable), []
+            return stacked_outputs(self.network, inputs, per_subproblem, len(values[0]), self._trainable)
         finally:
             self._vacate()
 
-    def _call_all(self) -> Callable[..., Any]:
-        if self.compiler is None:
-            return self._outputs_of_all
-        if "vmap" not in self._compiled:
-            self._compiled["vmap"] = self.compiler(self._outputs_of_all)
-        return self._compiled["vmap"]
+    def _outputs_at_once(
+        self, values: list[Tensor], buffers: list[Tensor], inputs: Any, per_subproblem: bool
+    ) -> tuple[Any, list[Tensor]]:
+        """Return the same, and their buffers afterwards."""
+        dims = (0, 0 if buffers else None, _dimensions(inputs) if per_subproblem else None)
+        return torch.vmap(self._call, in_dims=dims, randomness="different")(values, buffers, inputs)
 
-    def _call_one(self) -> Callable[..., Any]:
+    def _compiled_or_not(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         if self.compiler is None:
-            return self._call
-        if "loop" not in self._compiled:
-            self._compiled["loop"] = self.compiler(self._call)
-        return self._compiled["loop"]
+            return function
+        if name not in self._compiled:
+            self._compiled[name] = self.compiler(function)
+        return self._compiled[name]
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         # Where parameters go to another device, none of their old memory should stay behind.
@@ -662,7 +675,7 @@ class Chunk:
 
     def __init__(self, population: Population, members: slice, gradient: Tensor) -> None:
         self.members = members
-        self._population = population
+        self._population = weakref.ref(population)  # which keeps its chunks
         # Leaves: slices of `theta` would each send back a gradient of the full size, zero but for the slice.
         self._values = population._pieces(population.theta.detach()[members])
         self._receivers = [_Receiver(piece) for piece in population._pieces(gradient[members])]
@@ -686,7 +699,9 @@ class Chunk:
         """Return ``function(network(inputs), targets)`` of these subproblems, stacked; see ``Population.evaluate``."""
         if per_subproblem:
             inputs, targets = _sliced((inputs, targets), self.members)
-        return self._population._run(self._values, self.members, function, inputs, targets, per_subproblem)
+        population = self._population()
+        assert population is not None, "A chunk is of use as long as its population."
+        return population._run(self._values, self.members, function, inputs, targets, per_subproblem)
 
 
 class UserInputError(ValueError):

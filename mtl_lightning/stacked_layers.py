@@ -112,7 +112,7 @@ class _Evaluation:
 
     def evaluate(self, module: nn.Module, values: Any) -> Any:
         """Return the values behind ``module``; by name behind the modules of a ``ModuleDict``."""
-        if isinstance(module, nn.ModuleDict):
+        if isinstance(module, nn.ModuleDict) and type(module) is nn.ModuleDict:
             return self._each(module, values)
         if not (isinstance(values, Values) and isinstance(values.tree, Tensor)) or _is_altered(module):
             return self._under_vmap(module, values)
@@ -179,17 +179,21 @@ class _Evaluation:
 
     def _under_vmap(self, module: nn.Module, values: Any) -> Values:
         """Return what copies of ``module`` return, each called with its own slices."""
-        places = [(part, name) for part in module.modules() for name in self._trainable.get(part, ())]
+        # All of the network: a module may read parameters of another.
+        places = [(part, name) for part, names in self._trainable.items() for name in names]
         rows: list[Any] = [part._parameters[name] for part, name in places]
-        # Without stacked parameters random numbers would still have to differ.
-        values = values if rows and isinstance(values, Values) else self._all_stacked(values)
+        values = values if isinstance(values, Values) else self._all_stacked(values)
 
         def one(rows: list[Tensor], inputs: Any) -> Any:
             with _installed(places, rows):
                 return module(inputs)
 
-        dims = (0 if rows else None, pytree.tree_map(_dimension if values.is_stacked else _none, values.tree))
-        return Values(torch.vmap(one, in_dims=dims, randomness="different")(rows, values.tree), True)
+        dims = (0, pytree.tree_map(_dimension if values.is_stacked else _none, values.tree))
+        outputs = torch.vmap(one, in_dims=dims, randomness="different")(rows, values.tree)
+        if self._size > 1 and all(leaf.stride(0) == 0 for leaf in pytree.tree_leaves(outputs)):
+            # Nothing in it differs among the copies, as in a frozen encoder: it was evaluated once.
+            return Values(pytree.tree_map(lambda leaf: leaf[0], outputs), False)
+        return Values(outputs, True)
 
     def _all_stacked(self, values: Any) -> Values:
         tree = pytree.tree_map(

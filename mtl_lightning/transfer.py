@@ -135,7 +135,8 @@ class TransferRule(nn.Module):
     def is_over(self, step: int, dtype: torch.dtype) -> bool:
         """Return whether nothing is given from transfer ``step`` on, as far as parameters of ``dtype`` can tell.
 
-        A transfer that is over costs nothing. A rule whose mass does not vanish for good says no.
+        A transfer that is over costs nothing. A rule whose mass does not vanish for good says no, and so do the rules
+        of this library for a subclass with a ``received`` of its own.
         """
         return False
 
@@ -160,7 +161,7 @@ class NoTransfer(TransferRule):
 
     def is_over(self, step: int, dtype: torch.dtype) -> bool:
         """Return ``True``."""
-        return True
+        return type(self).received is NoTransfer.received  # a subclass may give something
 
     def received(self, context: TransferContext) -> Tensor:
         """Return zeros, shape ``(P, P)``."""
@@ -206,8 +207,8 @@ class NeighborTransfer(TransferRule):
         return self._neighborhood.near(preferences)
 
     def is_over(self, step: int, dtype: torch.dtype) -> bool:
-        """Return whether one minus the mass is one in ``dtype``: after 1,656 transfers in float32 by default."""
-        return _is_lost(self._mass(step), dtype)
+        """Return whether one minus the mass is one, in ``dtype`` or float32: after 1,656 transfers by default."""
+        return type(self).received is NeighborTransfer.received and _is_lost(self._mass(step), dtype)
 
     def _mass(self, step: int) -> float:
         return self.strength * self.decay**step
@@ -281,8 +282,9 @@ class DistanceTransfer(TransferRule):
         self._previous: Tensor | None = None
 
     def is_over(self, step: int, dtype: torch.dtype) -> bool:
-        """Return whether one minus the largest mass is one in ``dtype``."""
-        return _is_lost(self.cap * self.decay**step, dtype)
+        """Return whether one minus the largest mass is one, in ``dtype`` or float32."""
+        mass = self.cap * self.decay**step
+        return type(self).received is DistanceTransfer.received and _is_lost(mass, dtype)
 
     def received(self, context: TransferContext) -> Tensor:
         """Return the approaches of the last step, normalised; zero in the first call. Shape ``(P, P)``."""
@@ -463,7 +465,8 @@ def _capped(shares: Tensor, cap: float) -> Tensor:
 
 
 def _is_lost(mass: float, dtype: torch.dtype) -> bool:
-    return mass < torch.finfo(dtype).eps / 4
+    # In half precision already far larger masses vanish beside one, but not beside parameters that are nearly zero.
+    return mass < torch.finfo(torch.promote_types(dtype, torch.float32)).eps / 4
 
 
 def _in_range(name: str, value: float, low: float, high: float) -> float:

@@ -288,3 +288,14 @@ def test_steps_use_the_same_memory_again_and_buffers_use_other() -> None:
     one.mix_buffers(matrix, ALL_HEALTHY)
     assert torch.equal(first, kept)
     assert one.step(one.receive(), matrix, ALL_HEALTHY).data_ptr() == first.data_ptr()
+
+
+@pytest.mark.parametrize("sick", [False, True])
+def test_a_process_without_subproblems_mixes_nothing(sick: bool) -> None:
+    population = _population(_separate(_network("mlp"), size=2))
+    shards = Shards(2)
+    shards.blocks, shards.rank = [range(1), range(1, 2), range(2, 2)], 2  # the third of three processes
+    other = Mixing(population, shards, torch.ones(2, 2, dtype=torch.bool))
+    rows = population.theta.detach()[: len(other.exchange.held)]
+    healthy = torch.tensor([not sick, True])
+    assert other.step(rows, torch.eye(2), healthy).shape == (0, rows.shape[1])

@@ -3,6 +3,7 @@ import gc
 import io
 import logging
 import re
+import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -1584,3 +1585,36 @@ def test_a_compiled_population_takes_both_shared_and_separate_batches() -> None:
     separate = population.evaluate(lambda outputs, _: outputs, inputs.expand(SIZE, *inputs.shape), None, True)["left"]
     torch.testing.assert_close(separate, shared)
     torch.testing.assert_close(population(inputs)["left"], shared)
+
+
+def test_a_population_that_is_not_needed_any_more_is_freed_at_once() -> None:
+    population = Population(_network("mlp"), SIZE, backend="vmap")
+    inputs, targets = _batch("mlp")
+    for chunk in population.chunks():
+        chunk.evaluate(_losses, inputs, targets).sum().backward()
+    theta = weakref.ref(population.theta)
+    gc.collect()
+    gc.disable()
+    try:
+        del chunk, population
+        assert theta() is None
+    finally:
+        gc.enable()
+
+
+def test_compiling_does_not_count_when_the_backend_is_chosen() -> None:
+    def compiler(function: Callable[..., Any]) -> Callable[..., Any]:
+        calls: list[Any] = []
+
+        def compiled(*args: Any) -> Any:
+            if not calls:
+                time.sleep(0.7)
+            calls.append(args)
+            return function(*args)
+
+        return compiled
+
+    network = nn.Sequential(*(nn.Linear(4, 4) for _ in range(20)))
+    population = Population(network, 32, backend="auto", compiler=compiler)
+    chosen = population.choose_backend(lambda outputs, _: outputs.sum(), torch.randn(4, 4), None)
+    assert chosen == "vmap"  # twenty layers in one pass beside 32 times twenty

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import get_unwrapped, is_batchedtensor
 from torch.nn import functional
 
 from mtl_lightning import stacked_layers
 from mtl_lightning.networks import MLP, LeNetEncoder, MultiHeadNetwork
-from mtl_lightning.population import Population
+from mtl_lightning.population import Population, UnsupportedByVmapError
 from mtl_lightning.stacked_layers import is_composed
 
 SIZE = 4
@@ -44,6 +45,65 @@ class _Joined(nn.Module):
     def forward(self, structure: dict[str, Any]) -> Tensor:
         joined: Tensor = structure["first"] + structure["rest"][0].unsqueeze(-1)
         return joined
+
+
+class _Heads(nn.ModuleDict):
+    """Does more than to call its modules."""
+
+    def forward(self, inputs: Tensor) -> dict[str, Tensor]:
+        return {name: 3 * head(inputs) for name, head in self.items()}
+
+
+class _Borrower(nn.Module):
+    """Reads a parameter of a module that is not its own."""
+
+    def __init__(self, owner: nn.Linear) -> None:
+        super().__init__()
+        self.owner = [owner]
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return functional.linear(inputs, self.owner[0].weight.t())
+
+
+def _tied_decoder() -> nn.Module:
+    encoder = nn.Linear(6, 4)
+    return nn.Sequential(encoder, _Borrower(encoder), nn.Linear(6, 2))
+
+
+class _Pair(nn.Module):
+    """Hands on more than tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 4)
+
+    def forward(self, inputs: Tensor) -> Any:
+        return self.layer(inputs), None, inputs.shape
+
+
+class _First(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 2)
+
+    def forward(self, pair: Any) -> Tensor:
+        outputs: Tensor = self.layer(pair[0])
+        return outputs
+
+
+class _Composer(nn.Module):
+    """Has a method of that name for something else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 2)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.compose(inputs)
+
+    def compose(self, inputs: Tensor) -> Tensor:
+        outputs: Tensor = self.layer(inputs)
+        return outputs
 
 
 class _Tower(nn.Module):
@@ -112,6 +172,17 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "tower": lambda: nn.Sequential(_Tower(), nn.ReLU()),
     "own forward": lambda: _OwnForward(6, [5]),
     "tied": _tied,
+    "tied decoder": _tied_decoder,
+    "dict of heads with own forward": lambda: nn.Sequential(nn.Linear(6, 4), _Heads({"a": nn.Linear(4, 1)})),
+    "more than tensors between parts": lambda: nn.Sequential(_Pair(), _First()),
+    "more than tensors behind an encoder": lambda: MultiHeadNetwork(_Pair(), {"a": _First(), "b": _First()}),
+    "another compose": _Composer,
+    "frozen parts": lambda: nn.Sequential(
+        _frozen(_Scaled(), "scale"), nn.LayerNorm(6, elementwise_affine=False), nn.Softmax(-1), nn.Linear(6, 2)
+    ),
+    "nothing trained before the heads": lambda: MultiHeadNetwork(
+        _frozen(MLP(6, [4]), "layers.1.weight", "layers.1.bias"), {"a": nn.Linear(4, 1), "b": nn.Linear(4, 2)}
+    ),
     "nested": lambda: nn.Sequential(nn.Sequential(nn.Linear(6, 4), nn.ReLU()), nn.Sequential(nn.Linear(4, 2))),
     "an encoder with own forward": lambda: MultiHeadNetwork(_OwnForward(6, [4]), {"a": nn.Linear(4, 1)}),
 }
@@ -179,6 +250,31 @@ def test_an_encoder_that_vmap_evaluates_has_heads_of_one_product() -> None:
     found = population(images)
     for name in ("a", "b"):
         torch.testing.assert_close(found[name], torch.stack([member(images)[name] for member in members]))
+
+
+class _Rows(nn.Module):
+    """Notes how many elements it sees, without a batch of copies."""
+
+    seen = 0
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        _Rows.seen = get_unwrapped(inputs).numel() if is_batchedtensor(inputs) else inputs.numel()
+        return inputs + 1
+
+
+def test_what_is_frozen_is_evaluated_once() -> None:
+    population, _ = _population(lambda: nn.Sequential(nn.Softmax(-1), _Rows(), _Rows(), nn.Linear(6, 2)))
+    population(torch.randn(7, 6))
+    assert _Rows.seen == 7 * 6
+
+
+def test_an_error_of_the_inputs_is_that_of_the_network() -> None:
+    population, members = _population(NETWORKS["mlp"])
+    with pytest.raises(UnsupportedByVmapError, match=r"Size mismatch|mat1 and mat2|size") as error:
+        population(torch.randn(7, 5))
+    assert error.value.__cause__ is not None
+    inputs = torch.randn(7, 6)
+    torch.testing.assert_close(population(inputs), torch.stack([member(inputs) for member in members]))
 
 
 class _Count:

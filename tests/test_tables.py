@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from docs.generate_tables import filled
+from docs.generate_tables import filled, pages
 
-PAGES = [path for path in (Path(__file__).parents[1] / "docs").glob("*.md") if "<!-- table: " in path.read_text()]
+PAGES = [path for path in pages() if "<!-- table: " in path.read_text()]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

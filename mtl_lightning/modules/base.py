@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -205,11 +206,17 @@ class MultiTaskModule(LightningModule):
         return self.trainer.world_size
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Count the labels while they are on the host, where reading the counts waits for nothing."""
-        if self.trainer.training and self._has_labels_before_transfer():
-            targets = self.unpack_batch(batch)[1]
-            self._counts_on_host = self._presence(targets) or self.count_labels(targets).tolist()
+        """Count the labels while they are on the host, if to count them on the device would mean to wait for it."""
+        self._counts_on_host = None
+        is_training = self._trainer is not None and self.trainer.training
+        if is_training and self._counts_ahead() and isinstance(batch, Sequence) and len(batch) == 2:
+            # What is wrong is told in the step, and a loss may count with buffers that are on the device.
+            with suppress(RuntimeError, ValueError):
+                self._counts_on_host = self._counted(self.unpack_batch(batch)[1])
         return batch
+
+    def _counted(self, targets: Any) -> list[float]:
+        return self._presence(targets) or self.count_labels(targets).tolist()
 
     def _presence(self, targets: Any) -> list[float] | None:
         """Return a count of labels for each task that stands for all of them, if there is one.
@@ -231,8 +238,8 @@ class MultiTaskModule(LightningModule):
         counts: list[float] = self.count_labels(first).tolist()
         return counts if all(counts) else None
 
-    def _has_labels_before_transfer(self) -> bool:
-        """Return whether the targets are known, and final, before the batch is on the device."""
+    def _counts_ahead(self) -> bool:
+        """Return whether the targets are on the host, and final, before the batch is on the device."""
         owners: list[Any] = [self, getattr(self.trainer, "datamodule", None)]
         hooks = ("transfer_batch_to_device", "on_after_batch_transfer")
         plain = (
@@ -242,13 +249,16 @@ class MultiTaskModule(LightningModule):
             for hook in hooks
         )
         # An override of `unpack_batch` may need the device, or draw random numbers: it is called once.
-        return type(self).unpack_batch is MultiTaskModule.unpack_batch and all(plain)
+        own = (type(self).unpack_batch.__module__, type(self).training_step.__module__)
+        is_ours = all(name.startswith("mtl_lightning.") for name in own)
+        return self.device.type != "cpu" and is_ours and all(plain)
 
     def take_label_counts(self, targets: Mapping[str, Tensor]) -> list[float]:
         """Return the number of labels of each task in the batch in training; to be called once a batch."""
-        counts = self.count_labels(targets).tolist() if self._counts_on_host is None else self._counts_on_host
-        self._counts_on_host = None
-        return counts
+        counts, self._counts_on_host = self._counts_on_host, None
+        # What was changed in place on the device was counted as it was before.
+        is_known = counts is not None and all(isinstance(t, Tensor) and t._version == 0 for t in targets.values())
+        return counts if counts is not None and is_known else self._counted(targets)
 
     def total_labels(self, counts: Sequence[float]) -> list[float]:
         """Return the number of labels of each task over all ranks."""
@@ -312,7 +322,7 @@ class MultiTaskModule(LightningModule):
     def configure_callbacks(self) -> list[Any]:
         """Refuse trainer flags that do not reach manual optimisation; see to checkpoints; add no callback."""
         # Lightning tells every user of a data module that the hook is that of the module; nobody has to act on it.
-        warnings.filterwarnings("ignore", message=".*overridden `on_before_batch_transfer` in `LightningModule`.*")
+        warnings.filterwarnings("ignore", message=".*overridden `on_before_batch_transfer` in.*`LightningModule`.*")
         # Lightning refuses them as well, a little later, but cannot name our arguments.
         if self.trainer.gradient_clip_val is not None:
             raise MisconfigurationException(
@@ -376,6 +386,7 @@ class MultiTaskModule(LightningModule):
         A subclass that keeps more than gradients and mean losses between batches forgets that as well.
         """
         self._accumulated = 0
+        self._counts_on_host = None
         self._losses_of_step.reset()
 
     def on_fit_start(self) -> None:

@@ -53,9 +53,9 @@ class MT2OModule(PopulationModule):
             so that mixing averages gradient noise; make the batch ``P`` times larger. What remains of a batch when it
             is divided by the number of subproblems is left out.
         on_nonfinite: What becomes of a subproblem whose loss, gradient or parameters are not finite. It is left out of
-            every transfer and its gradient is dropped at once. At the next batch: ``"reseed"`` copies its nearest
-            healthy neighbour, with the state of the optimiser; ``"freeze"`` trains it no further; ``"raise"`` stops
-            the run.
+            every transfer and its gradient is dropped at once. At the next batch, or on a GPU at the one after that:
+            ``"reseed"`` copies its nearest healthy neighbour, with the state of the optimiser; ``"freeze"`` trains it
+            no further; ``"raise"`` stops the run.
         backend: ``"vmap"``, ``"loop"``, or ``"auto"``, which times both on the first batch; see
             :class:`~mtl_lightning.population.Population`.
         chunk_size: How many subproblems share one backward pass under vmap.

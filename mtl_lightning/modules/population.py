@@ -513,7 +513,7 @@ class PopulationModule(MultiTaskModule):
         self.reduce_gradients()
         assert theta.grad is not None
         losses, self._healthy = self._share_health(losses, tasks)
-        if not is_read_at_once(self._healthy):
+        if not is_read_at_once(theta):
             self._sent_health = [*self._sent_health[-1:], Sent(self._healthy)]
         failed = ~self._healthy[self.shards.members]
         if may_be_any(failed):
@@ -623,23 +623,20 @@ class PopulationModule(MultiTaskModule):
         """Look at the subproblems that failed in the last step, and do what ``on_nonfinite`` says.
 
         Args:
-            waits: Whether to wait for a device that is not done with that step. If not, those that failed in the step
-                before it are found.
+            waits: Whether to wait for a device that is not done with that step. If not, it is that of the step before.
         """
-        if waits and not self._accumulated:
-            finite = self.shards.gather(self._has_finite_parameters())
-            self._healthy = self._healthy.to(finite.device) & finite
-        if is_read_at_once(self._healthy) or waits:
-            failed = self._newly_failed(self._healthy)
-        elif len(self._sent_health) == 2:
-            failed = self._newly_failed(self._sent_health[0].read())
-        else:
+        at_once = is_read_at_once(self.population.theta)
+        if self._accumulated or not (at_once or waits or len(self._sent_health) == 2):
             return
-        if failed and not self._accumulated:
-            self._healthy[failed] = False  # a step later they may look well
-            failed = self._newly_failed(self._healthy)
-        if not failed or self._accumulated:
+        well = self._healthy
+        if waits:
+            well = well.cpu() & self.shards.gather(self._has_finite_parameters()).cpu()
+        if not at_once:
+            well = _all_of(well, self._sent_health) if waits else self._sent_health[0].read()
+        if not self._newly_failed(well):
             return
+        self._healthy = self._healthy & well.to(self._healthy.device)  # a step later they may look well
+        failed = self._newly_failed(self._healthy)
         names = "; ".join(
             f"subproblem {index} with preference ({', '.join(f'{weight:.3g}' for weight in self.preferences[index])})"
             for index in failed
@@ -798,6 +795,7 @@ class PopulationModule(MultiTaskModule):
             "size": self.shards.size,
             "frozen": list(self._frozen),
             "healthy": self._healthy,
+            "sent_health": [sent.read() for sent in self._sent_health],
             "backend": self.population.active_backend,
             "timed_size": self._timed_size,
             "gradient": gradient,
@@ -823,6 +821,7 @@ class PopulationModule(MultiTaskModule):
         self._enter(stage)
         device = self._healthy.device
         self._healthy = state["healthy"].to(device)
+        self._sent_health = [Sent(sent) for sent in state["sent_health"]]
         self._losses_of_step.load_state_dict(state["losses_of_step"], device)
         self._scaled_steps.skipped = state["skipped_steps"]
         self._frozen = tuple(state["frozen"])
@@ -840,6 +839,10 @@ def check_kinds(*arguments: tuple[str, Any, Any]) -> None:
     for name, value, kind in arguments:
         if not isinstance(value, kind):
             raise TypeError(f"`{name}` should be an object of {kind}. Found {value!r}.")
+
+
+def _all_of(healthy: Tensor, sent: Sequence[Sent]) -> Tensor:
+    return torch.stack([healthy, *(one.read() for one in sent)]).all(dim=0)
 
 
 def _sliced(tensor: Tensor, size: int, members: slice) -> Tensor:

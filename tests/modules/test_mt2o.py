@@ -30,6 +30,7 @@ from mtl_lightning.datamodules import MultiDigitsDataModule
 from mtl_lightning.growth import Doubling
 from mtl_lightning.modules import MT2OModule
 from mtl_lightning.modules import population as modules_population
+from mtl_lightning.modules.base import MultiTaskModule
 from mtl_lightning.networks import MLP, LeNetEncoder, MultiHeadNetwork
 from mtl_lightning.pareto import hypervolume
 from mtl_lightning.preferences import simplex_lattice
@@ -592,14 +593,21 @@ def test_the_module_satisfies_the_protocol_of_the_callbacks() -> None:
     assert is_population(protocol)
 
 
+class _OwnMass(NeighborTransfer):
+    """Gives what its base does not."""
+
+    def received(self, context: TransferContext) -> Tensor:
+        return 0.1 * torch.ones_like(context.pairs, dtype=torch.float32) / len(context.pairs)
+
+
 class _Counted(NeighborTransfer):
     """Counts how often it is asked."""
 
     calls = 0
 
-    def received(self, context: TransferContext) -> Tensor:
+    def forward(self, context: TransferContext) -> Tensor:
         self.calls += 1
-        return super().received(context)
+        return super().forward(context)
 
 
 def test_a_transfer_that_is_over_is_not_made() -> None:
@@ -607,6 +615,11 @@ def test_a_transfer_that_is_over_is_not_made() -> None:
     module = mt2o(transfer=counted)
     trainer(max_epochs=2).fit(module, loader())
     assert counted.calls == 2  # masses 0.5 and 5e-5; 5e-9 is lost in float32
+
+
+def test_a_subclass_with_a_mass_of_its_own_is_not_over() -> None:
+    assert NeighborTransfer(decay=1e-4).is_over(5, torch.float32)
+    assert not _OwnMass(decay=1e-4).is_over(5, torch.float32)
 
 
 # ------------------------------------------------------------------------------------------------ sick subproblems
@@ -718,6 +731,7 @@ def busy_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let tensors be such that the host would have to wait for, as those of a device are."""
     for module in (devices, modules_population):
         monkeypatch.setattr(module, "is_read_at_once", lambda tensor: False)
+    monkeypatch.setattr(MultiTaskModule, "_counts_ahead", lambda self: True)
 
 
 @pytest.mark.usefixtures("busy_device")
@@ -746,6 +760,48 @@ def test_where_the_host_does_not_wait_a_failure_of_one_batch_is_seen_a_batch_lat
         trainer(callbacks=[_Poison(3, 2), check], max_epochs=2).fit(module, loader())
     assert check.at == 5  # poisoned before the third batch, seen before the fifth
     assert torch.isfinite(rows(module)).all()
+
+
+class _Spoil(Callback):
+    """Let the gradient of a subproblem be NaN in one batch."""
+
+    def __init__(self, subproblem: int, batch: int) -> None:
+        self.subproblem, self.batch = subproblem, batch
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if pl_module.batches_seen == self.batch:
+            chunks = pl_module._seeded_chunks
+
+            def spoilt() -> Any:
+                yield from chunks()
+                pl_module.population.theta.grad[self.subproblem] = torch.nan
+                pl_module._seeded_chunks = chunks
+
+            pl_module._seeded_chunks = spoilt
+
+
+@pytest.mark.usefixtures("busy_device")
+@pytest.mark.parametrize("batch", [2, 3, 4])
+def test_a_failure_in_one_of_the_last_batches_is_not_overlooked(batch: int) -> None:
+    with pytest.raises(FloatingPointError, match="subproblem 2"):
+        trainer(callbacks=[_Spoil(2, batch)]).fit(mt2o(on_nonfinite="raise"), loader())  # of 5 batches
+
+
+@pytest.mark.filterwarnings("ignore:Not finite")
+@pytest.mark.usefixtures("busy_device")
+def test_resumed_equals_uninterrupted_where_the_host_does_not_wait(tmp_path: Path) -> None:
+    def run(callbacks: Sequence[Callback]) -> tuple[MT2OModule, Trainer]:
+        seed_everything(3)
+        module = mt2o(on_nonfinite="reseed", optimizer=OPTIMIZERS["adam"], transfer=RULES["neighbor"]())
+        return module, trainer([_Spoil(1, 2), *callbacks], max_epochs=2, default_root_dir=str(tmp_path))
+
+    save = SaveAfterEachBatch(tmp_path)
+    module, first = run([save])
+    first.fit(module, Position())
+    for path in save.paths[:-1]:
+        resumed, again = run([])
+        again.fit(resumed, Position(), ckpt_path=str(path))
+        assert torch.equal(rows(resumed), rows(module)), path.name
 
 
 @pytest.mark.usefixtures("busy_device")
