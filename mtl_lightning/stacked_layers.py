@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ _ELEMENTWISE = (
     nn.Softplus,
     nn.Tanh,
 )
+_KNOWN: dict[type, bool] = {}  # a compiler that traces a call does not look into classes
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -50,7 +51,6 @@ class Values(NamedTuple):
 Call = Callable[[nn.Module, Any], Any]
 
 
-@runtime_checkable
 class Composed(Protocol):
     """A module that only hands values from part to part, and says how.
 
@@ -78,12 +78,16 @@ class Composed(Protocol):
 
 def is_composed(module: nn.Module) -> bool:
     """Return whether it is known how ``module`` is composed; of a subclass with a ``forward`` of its own it is not."""
-    if _is_altered(module):
-        return False
-    if type(module) in (nn.Sequential, nn.Linear):
-        return True
-    owner = next(kind for kind in type(module).__mro__ if "forward" in vars(kind))
-    return isinstance(module, Composed) and any("compose" in vars(kind) for kind in _up_to(owner, type(module)))
+    return not _is_altered(module) and _is_known(type(module))
+
+
+def _is_known(kind: type) -> bool:
+    if kind not in _KNOWN:
+        owner = next(base for base in kind.__mro__ if "forward" in base.__dict__)
+        above = kind.__mro__[: kind.__mro__.index(owner) + 1]
+        says_how = any("compose" in base.__dict__ for base in above)
+        _KNOWN[kind] = kind in (nn.Sequential, nn.Linear) or says_how
+    return _KNOWN[kind]
 
 
 def stacked_outputs(
@@ -135,7 +139,7 @@ class _Evaluation:
     def _each(self, modules: nn.ModuleDict, values: Any) -> dict[str, Any]:
         parts = list(modules.values())
         if len(parts) > 1 and self._are_one_product(parts, values):
-            return dict(zip(modules, self._linear(parts, values), strict=True))
+            return dict(zip(modules.keys(), self._linear(parts, values), strict=True))
         return {name: self.evaluate(part, values) for name, part in modules.items()}
 
     def _are_one_product(self, parts: list[nn.Module], values: Any) -> bool:
@@ -225,15 +229,11 @@ def _is_altered(module: nn.Module) -> bool:
     """Return whether more happens in a call than the ``forward`` of its class."""
     compiled = getattr(module, "_compiled_call_impl", None) is not None
     hooked = any(getattr(module, name, None) for name in _HOOKS) or _is_any_call_hooked()
-    return compiled or hooked or "forward" in vars(module)
+    return compiled or hooked or "forward" in module.__dict__
 
 
 def _is_any_call_hooked() -> bool:
-    return bool(torch_modules._has_any_global_hook())  # type: ignore[no-untyped-call]
-
-
-def _up_to(owner: type, kind: type) -> list[type]:
-    return list(kind.__mro__[: kind.__mro__.index(owner) + 1])
+    return any(getattr(torch_modules, f"_global{name}") for name in _HOOKS)
 
 
 def _dimension(leaf: Any) -> int | None:
