@@ -49,7 +49,8 @@ class Curve(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Keep a point and start the clock."""
         value = hypervolume(pl_module.objective_values, self.reference)
-        self.points.append({"evaluations": self.evaluations, "seconds": self.seconds, "hypervolume": value})
+        point = {"evaluations": self.evaluations, "seconds": round(self.seconds, 4), "hypervolume": round(value, 6)}
+        self.points.append(point)
         self._since = self.now()
 
 
@@ -88,7 +89,7 @@ def run(
         "seconds": curve.seconds,
         "evaluations": curve.evaluations,
         "test_hypervolume": hypervolume(losses, reference),
-        "test_losses": losses.tolist(),
+        "test_losses": [[round(loss, 6) for loss in row] for row in losses.tolist()],
     }
 
 

@@ -249,7 +249,7 @@ def main() -> None:
     runs = hypervolume_rows()
     for figure_every, how in ((0, "figures at the end"), (1, "a figure each validation")):
         for name, build, callbacks, batches in (
-            ("25 LeNets", population, _population_callbacks(figure_every), 20),
+            ("25 LeNets", population, _population_callbacks(figure_every), 60),
             ("one LeNet, task groups", groups, _group_callbacks(figure_every), 469),
         ):
             run = f"{name}, {how}"
