@@ -250,7 +250,7 @@ class MultiTaskModule(LightningModule):
         )
         # An override of `unpack_batch` may need the device, or draw random numbers: it is called once.
         own = (type(self).unpack_batch.__module__, type(self).training_step.__module__)
-        is_ours = all(name.startswith("mtl_lightning.") for name in own)
+        is_ours = all(str(name).startswith("mtl_lightning.") for name in own)  # what was executed has no module
         return self.device.type != "cpu" and is_ours and all(plain)
 
     def take_label_counts(self, targets: Mapping[str, Tensor]) -> list[float]:
