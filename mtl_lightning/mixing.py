@@ -11,7 +11,7 @@ from mtl_lightning.devices import may_be_any
 from mtl_lightning.population import Population
 from mtl_lightning.population_shards import RowExchange, Shards
 
-_MANY_ROWS = 64
+_MANY_ROWS = 64  # from which on a product with all of them costs more than sums over the few that give
 
 
 class Mixing:

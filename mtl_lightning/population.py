@@ -265,9 +265,10 @@ class Population(nn.Module):
 
         Nothing changes but the choice: gradients, buffers and random state are put back. Does nothing unless
         ``backend`` is ``"auto"``. A network that vmap cannot run falls to the loop, with a line in the log. Another
-        line tells the choice, the times and the memory that the graph of a backward pass holds. All takes about as long
-        as two to five steps: the loop is timed on a few subproblems, vmap once more than to warm up, unless it is much
-        slower then; where a pass is short, or the two are close, they are timed up to three times.
+        line tells the choice, the times and the memory that the graph of a backward pass holds. The loop is timed on a
+        few subproblems, vmap once more than to warm up, unless it is much slower then; where a pass is short, or the
+        two are close, they are timed up to three times. All took as long as five to nine steps when measured
+        (``benchmarks/population_step.py``).
         """
         if self.backend != "auto" or self.size == 1:
             self._chosen = "loop" if self.backend == "auto" else self.backend

@@ -177,7 +177,7 @@ class NeighborTransfer(TransferRule):
     Args:
         strength: The mass received in the first transfer, in [0, 1].
         decay: Its factor per transfer, in (0, 1]. At one the mass never vanishes and every subproblem stays biased. The
-            default halves the mass every 69 transfers; a slower decay cost hypervolume in short runs when measured.
+            default halves the mass every 69 transfers, so that it is gone long before the end of most runs.
         num_neighbors: How many neighbours give. Those at the same distance as the last are counted in, so that the
             matrix does not depend on the order of the subproblems.
         bandwidth: ``h``, in units of the preference space; by default the mean distance to the nearest neighbour.
