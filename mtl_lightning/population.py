@@ -10,11 +10,8 @@ from __future__ import annotations
 
 import copy
 import itertools
-import logging
-import math
-import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any, Literal, NamedTuple
@@ -23,18 +20,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from mtl_lightning.devices import is_read_at_once
+from mtl_lightning.backends import Backend, fastest_backend
 from mtl_lightning.stacked_layers import is_composed, stacked_outputs
-
-_log = logging.getLogger(__name__)
 
 # Rows and their parameters start at multiples of 64 bytes (float32), as separately allocated tensors do: kernels may
 # sum in another order on unaligned data, and then a subproblem would not equal the same network trained alone.
 _ALIGNMENT = 16
 
-_SLOW = 0.1  # the seconds of a pass from which on one is enough to time it
-
-Backend = Literal["vmap", "loop"]
 Compiler = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
@@ -235,7 +227,7 @@ class Population(nn.Module):
         """
         return self._run(self._pieces(self.theta), slice(None), function, inputs, targets, per_subproblem)
 
-    def chunks(self) -> Iterator[Chunk]:
+    def chunks(self) -> Generator[Chunk, None, None]:
         """Yield the subproblems in parts that share one backward pass: one at a time, or ``chunk_size`` under vmap.
 
         Gradients are added to ``theta.grad``. Where that is ``None`` it is made, and is whole once the loop over the
@@ -265,44 +257,33 @@ class Population(nn.Module):
 
         Nothing changes but the choice: gradients, buffers and random state are put back. Does nothing unless
         ``backend`` is ``"auto"``. A network that vmap cannot run falls to the loop, with a line in the log. Another
-        line tells the choice, the times and the memory that the graph of a backward pass holds. The loop is timed on a
-        few subproblems, vmap once more than to warm up, unless it is much slower then; where a pass is short, or the
-        two are close, they are timed up to three times. All took as long as five to nine steps when measured
-        (``benchmarks/population_step.py``).
+        line tells the choice, the times and the memory that the graph of a backward pass holds. What it costs is
+        measured in ``benchmarks/population_step.py``.
         """
-        if self.backend != "auto" or self.size == 1:
-            self._chosen = "loop" if self.backend == "auto" else self.backend
-            return self._chosen
-        seconds: dict[Backend, float] = {}
-        memory: dict[Backend, int] = {}
-        for backend in ("loop", "vmap"):
-            self._chosen = backend
-            try:
-                memory[backend], first = self._measure(function, inputs, targets, per_subproblem)
-                warms_up = self.compiler is not None or not is_read_at_once(self.theta)
-                if backend == "vmap" and not warms_up and first > max(_SLOW, 3 * seconds["loop"]):
-                    seconds[backend] = first  # it will not become that much faster
-                    continue
-                seconds[backend] = self._time(function, inputs, targets, per_subproblem, seconds.get("loop"))
-            except torch.OutOfMemoryError:
-                if backend == "loop":
-                    raise
-                _log.warning("vmap runs out of memory, so the loop is used; a `chunk_size` would bound it.")
-            except RuntimeError as error:  # in the forward or the backward pass, which the loop has just done
-                if backend == "loop":
-                    raise
-                _log.warning("vmap cannot run this network, so the loop is used: %s", error.__cause__ or error)
-        self._chosen = min(seconds, key=seconds.__getitem__)
-        _log.info(
-            "Backend %r for %d subproblems (forward and backward: %s).",
-            self._chosen,
-            self.size,
-            ", ".join(
-                f"{name} {1e3 * value:.1f} ms with a graph of {memory[name] / 2**20:.1f} MiB"
-                for name, value in seconds.items()
-            ),
-        )
+        self._chosen = "loop" if self.backend == "auto" else self.backend
+        if self.backend == "auto" and self.size > 1:
+
+            def losses_of(chunk: Chunk) -> Tensor:
+                losses: Tensor = chunk.evaluate(function, inputs, targets, per_subproblem)
+                return losses
+
+            self._chosen = fastest_backend(self, losses_of, (inputs, targets))
         return self._chosen
+
+    @contextmanager
+    def rehearsed(self) -> Iterator[None]:
+        """Put back gradients, buffers, random state and active backend in the end."""
+        devices, chosen = [self.theta.device] if self.theta.device.type == "cuda" else [], self._chosen
+        gradient, memory, buffers = self.theta.grad, self._gradient, [b.clone() for b in self.network.buffers()]
+        self.theta.grad = self._gradient = self._made = None
+        try:
+            with torch.random.fork_rng(devices=devices), torch.enable_grad():
+                yield
+        finally:
+            self.theta.grad, self._gradient, self._made = gradient, memory, None
+            self._chosen = chosen
+            for buffer, saved in zip(self.network.buffers(), buffers, strict=True):
+                buffer.copy_(saved)
 
     # ------------------------------------------------------------------------------------------- operations on rows
 
@@ -595,78 +576,6 @@ class Population(nn.Module):
             f"`backend='auto'`, which falls to it. Found: {str(error).splitlines()[0]}"
         ) from error
 
-    def _measure(
-        self, function: Callable[[Any, Any], Tensor], inputs: Any, targets: Any, per_subproblem: bool
-    ) -> tuple[int, float]:
-        """Return the bytes that the graph of one chunk holds beyond parameters and inputs, and the seconds of it.
-
-        This warms up, too, so that the seconds are too many.
-        """
-        held: dict[int, int] = {}
-        given = [self.theta, *(leaf for leaf in pytree.tree_leaves((inputs, targets)) if isinstance(leaf, Tensor))]
-
-        def keep(tensor: Tensor) -> Tensor:
-            if tensor.layout is torch.strided:
-                storage = tensor.untyped_storage()
-                held[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with self._rehearsed():
-            start = time.perf_counter()
-            for chunk in itertools.islice(self.chunks(), 1):
-                with torch.autograd.graph.saved_tensors_hooks(keep, _unchanged):
-                    losses = chunk.evaluate(function, inputs, targets, per_subproblem)
-                losses.sum().backward()
-            _synchronize(self.theta.device)
-            seconds = time.perf_counter() - start
-        known = {tensor.untyped_storage().data_ptr() for tensor in given if tensor.layout is torch.strided}
-        return sum(size for place, size in held.items() if place not in known), seconds
-
-    def _time(
-        self,
-        function: Callable[[Any, Any], Tensor],
-        inputs: Any,
-        targets: Any,
-        per_subproblem: bool,
-        other: float | None,
-        repeats: int = 3,
-    ) -> float:
-        """Return the seconds of a pass over all subproblems; once only if they are far from those of the ``other``."""
-        number = -(-self.size // min(self.size, 4)) if self._chosen == "loop" else 1
-        best = math.inf
-        with self._rehearsed():
-            for _ in range(repeats):
-                _synchronize(self.theta.device)
-                start, members = time.perf_counter(), 0
-                for chunk in itertools.islice(self.chunks(), 0, None, number):  # in the loop one is like the other
-                    chunk.evaluate(function, inputs, targets, per_subproblem).sum().backward()
-                    members += len(range(self.size)[chunk.members])
-                _synchronize(self.theta.device)
-                taken = time.perf_counter() - start
-                best = min(best, taken * self.size / members)
-                is_clear = other is not None and not 2 / 3 < best / other < 3 / 2
-                if is_clear or (other is None and taken > _SLOW):
-                    break
-        return best
-
-    @contextmanager
-    def _rehearsed(self) -> Iterator[None]:
-        """Put back gradients, buffers and random state."""
-        devices = [self.theta.device] if self.theta.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices), self._preserved(), torch.enable_grad():
-            yield
-
-    @contextmanager
-    def _preserved(self) -> Iterator[None]:
-        gradient, memory, buffers = self.theta.grad, self._gradient, [b.clone() for b in self.network.buffers()]
-        self.theta.grad = self._gradient = self._made = None
-        try:
-            yield
-        finally:
-            self.theta.grad, self._gradient, self._made = gradient, memory, None
-            for buffer, saved in zip(self.network.buffers(), buffers, strict=True):
-                buffer.copy_(saved)
-
 
 class Chunk:
     """Some subproblems of a population, with leaves of the autograd graph of their own.
@@ -722,10 +631,6 @@ def _replace_rows(module: nn.Module, name: str, rows: int | slice, new: Tensor) 
     module._buffers[name] = buffer
 
 
-def _unchanged(tensor: Tensor) -> Tensor:
-    return tensor
-
-
 class _Receiver:
     """Takes the gradient of a leaf to where it belongs; the first one is written over what is there, if that is old."""
 
@@ -766,11 +671,6 @@ def _dimensions(tree: Any) -> Any:
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _find_slots(network: nn.Module) -> tuple[tuple[_Slot, ...], int]:

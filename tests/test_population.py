@@ -1031,7 +1031,7 @@ def test_the_choice_is_active() -> None:
 def test_the_choice_is_told_with_times_and_memory(caplog: pytest.LogCaptureFixture) -> None:
     network = nn.Sequential(nn.Linear(3, 40, bias=False), nn.Tanh(), nn.Linear(40, 2, bias=False))
     population = Population(network, 6)
-    with caplog.at_level(logging.INFO, logger="mtl_lightning.population"):
+    with caplog.at_level(logging.INFO, logger="mtl_lightning.backends"):
         chosen = population.choose_backend(_plain_sum, torch.randn(1000, 3), None)
     (line,) = [record.getMessage() for record in caplog.records]
     assert line.startswith(f"Backend {chosen!r} for 6 subproblems")
@@ -1203,6 +1203,43 @@ def test_choosing_works_where_gradients_are_off() -> None:
         assert population.choose_backend(_sum, torch.randn(6, 3), None) in ("loop", "vmap")
 
 
+def test_choosing_takes_a_few_passes() -> None:
+    calls: list[bool] = []
+
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(3, 2)
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            calls.append(torch._C._functorch.is_batchedtensor(self.linear.weight))
+            outputs: Tensor = self.linear(inputs)
+            return outputs
+
+    Population(Counting(), 25).choose_backend(_sum, torch.randn(6, 3), None)
+    assert 1 <= calls.count(True) <= 4  # all at once
+    assert 1 <= calls.count(False) <= 5  # one of 25
+
+
+def test_an_error_while_choosing_leaves_the_backend() -> None:
+    class Failing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(3, 2)
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            if torch._C._functorch.is_batchedtensor(self.linear.weight):
+                raise KeyError("a mistake")
+            outputs: Tensor = self.linear(inputs)
+            return outputs
+
+    population = Population(Failing(), 3)
+    with pytest.raises(KeyError):
+        population.choose_backend(_sum, torch.randn(6, 3), None)
+    assert population.active_backend == "loop"
+    assert population.theta.grad is None
+
+
 def test_choosing_per_subproblem() -> None:
     population = _choosing()
     assert population.choose_backend(_sum, torch.randn(3, 6, 3), None, per_subproblem=True) in ("loop", "vmap")
@@ -1210,7 +1247,7 @@ def test_choosing_per_subproblem() -> None:
 
 def test_a_network_that_vmap_cannot_run_falls_to_the_loop_with_one_line(caplog: pytest.LogCaptureFixture) -> None:
     population = Population(_Recurrent(), 3)
-    with caplog.at_level(logging.WARNING, logger="mtl_lightning.population"):
+    with caplog.at_level(logging.WARNING, logger="mtl_lightning.backends"):
         chosen = population.choose_backend(_sum, torch.randn(2, 5, 3), None)
     assert chosen == "loop"
     assert [record.getMessage().startswith("vmap cannot run this network") for record in caplog.records] == [True]
