@@ -1,4 +1,4 @@
-"""A check that an optimiser treats every element by itself.
+"""What a population needs to know of its optimiser: whether it treats every element by itself.
 
 The subproblems of a population are the rows of one matrix. An optimiser is right for them only if the step of an
 element depends on the history of that element alone. Norms over a tensor (LAMB, LARS), factored moments (Adafactor),
@@ -12,6 +12,21 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+_WITHOUT_PARAMETERS = frozenset(
+    (
+        torch.optim.Adadelta,
+        torch.optim.Adagrad,
+        torch.optim.Adam,
+        torch.optim.AdamW,
+        torch.optim.Adamax,
+        torch.optim.NAdam,
+        torch.optim.RAdam,
+        torch.optim.RMSprop,
+        torch.optim.Rprop,
+        torch.optim.SGD,
+    )
+)
 
 
 def check_elementwise(
@@ -46,6 +61,21 @@ def check_elementwise(
             "rows of one matrix. Found one whose step of a row depends on the other rows "
             f"({_name(optimizer)}). Use an element-wise optimiser, or train the subproblems in separate runs."
         )
+
+
+def ignores_parameters(optimizer: Optimizer) -> bool:
+    """Return whether what a step adds to the parameters is known not to depend on them, but on gradients alone.
+
+    So it is for the element-wise optimisers of torch without weight decay. It may change with the hyper-parameters.
+
+    Example:
+        >>> import torch
+        >>> parameters = [torch.nn.Parameter(torch.zeros(2, 3))]
+        >>> ignores_parameters(torch.optim.Adam(parameters)), ignores_parameters(torch.optim.AdamW(parameters))
+        (True, False)
+    """
+    decays = any(group.get("weight_decay", 0.0) for group in optimizer.param_groups)
+    return type(optimizer) in _WITHOUT_PARAMETERS and not decays
 
 
 def _trajectory(

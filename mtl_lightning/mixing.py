@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from mtl_lightning.devices import may_be_any
+from mtl_lightning.devices import is_read_at_once, may_be_any
 from mtl_lightning.population import Population
 from mtl_lightning.population_shards import RowExchange, Shards
 
 _MANY_ROWS = 64  # from which on a product with all of them costs more than sums over the few that give
 
+# How many columns are mixed at a time: a call costs little beside them, and what is read once is still in the caches
+# when it is written. No multiple of 4096 bytes, at whose distances rows push each other out of the caches.
+_COLUMNS_AT_ONCE = 2**16 + 16
+
+_Multiply = Callable[[Tensor, Tensor | None], Tensor]
+
 
 class Mixing:
-    """Computes what a transfer adds to the parameters, and mixes the buffers.
+    """Adds ``(M - I) theta`` to the parameters, and mixes the buffers.
 
     Only rows that may have weight are exchanged among processes, while they compute the gradients: a transfer uses the
     parameters of before the step. Where a rule names its givers the sum runs over them in a fixed order, so that the
@@ -42,13 +48,16 @@ class Mixing:
         self.shards = shards
         self.patterns = patterns
         self._columns = population.columns(patterns)
+        self._takes_all = self._columns == [slice(0, population.theta.shape[1])]
         device = population.theta.device
         givers = None if givers is None else givers.cpu()
         self.exchange = RowExchange(shards, givers)
         self._held = torch.tensor(self.exchange.held, dtype=torch.long, device=device)
-        self._own = torch.arange(shards.own.start, shards.own.stop, device=device)
+        self._identity = torch.eye(shards.size, device=device)[shards.members]
+        self._listens: Tensor | None = None
         self._sources: tuple[Tensor, Tensor, Tensor] | None = None
         if givers is not None:
+            self._listens = givers[shards.members].to(device) | (self._identity > 0)
             heard, places, is_heard = self._find_sources(givers)
             self._sources = (heard.to(device), places.to(device), is_heard.to(device))
         own_places = [self.exchange.held.index(index) for index in shards.own]
@@ -57,7 +66,7 @@ class Mixing:
         self._started = False
 
     def start(self) -> None:
-        """Send off the parameters; they must not change before :meth:`step`."""
+        """Send off the parameters; they must not change before :meth:`receive`."""
         theta = self.population.theta.detach()
         self.exchange.start(theta if self._sources is None else self._picked(theta))
         self._started = True
@@ -75,25 +84,40 @@ class Mixing:
         return self.exchange.finish()
 
     @torch.no_grad()
-    def step(self, rows: Tensor, matrix: Tensor, healthy: Tensor) -> Tensor:
-        """Return ``(M - I) theta`` for the subproblems of this process, shape ``(p, D)``, until the next call.
+    def mix(self, rows: Tensor, matrix: Tensor, healthy: Tensor) -> None:
+        """Add ``(M - I) theta`` to the parameters of this process, part by part where the device is the CPU.
+
+        It takes the memory of a part only and two thirds of the time of :meth:`step` and :meth:`add`, but the
+        parameters of before are gone.
 
         Args:
             rows: What :meth:`receive` returned.
             matrix: ``M``, shape ``(P, P)``; its rows sum to one.
             healthy: Shape ``(P,)``, bool. The rows of the others may hold NaN; ``M`` gives them no weight.
         """
-        rows = self._picked(rows) if self._sources is None else rows
-        memory = self._memory_for(rows) if self._sources is None or self._are_few(rows) else None
-        mixed = self._product(rows, matrix, healthy, memory)
-        theta = self.population.theta
-        if mixed.shape[1] == theta.shape[1]:
-            return mixed
-        step = torch.zeros_like(theta)
-        pieces = torch.split(mixed, [part.stop - part.start for part in self._columns], dim=1)
+        multiplies = self._multiplies(rows)
+        if not multiplies:
+            self.add(self.step(rows, matrix, healthy))
+            return
+        multiply, theta = self._multiplication(matrix, healthy, rows.dtype, multiplies), self.population.theta.data
+        for own, given in self._parts():
+            memory = self._memory_for(rows, own.stop - own.start)
+            theta[:, own].add_(multiply(rows[:, given], memory))
+
+    @torch.no_grad()
+    def step(self, rows: Tensor, matrix: Tensor, healthy: Tensor) -> Tensor:
+        """Return what :meth:`mix` would add to the columns that are mixed, until the next call; see there."""
+        rows, multiplies = self._picked(rows) if self._sources is None else rows, self._multiplies(rows)
+        memory = self._memory_for(rows, rows.shape[1]) if multiplies else None
+        return self._multiplication(matrix, healthy, rows.dtype, multiplies)(rows, memory)
+
+    @torch.no_grad()
+    def add(self, step: Tensor) -> None:
+        """Add what :meth:`step` returned to the parameters of this process."""
+        theta = self.population.theta.data
+        pieces = torch.split(step, [part.stop - part.start for part in self._columns], dim=1)
         for part, piece in zip(self._columns, pieces, strict=True):
-            step[:, part] = piece
-        return step
+            theta[:, part].add_(piece)
 
     @torch.no_grad()
     def mix_buffers(self, matrix: Tensor, healthy: Tensor) -> None:
@@ -105,60 +129,86 @@ class Mixing:
             some = [buffer for buffer in buffers if buffer.dtype == dtype]
             own = torch.cat([buffer.reshape(len(buffer), buffer.shape[1:].numel()) for buffer in some], dim=1)
             self.exchange.start(own)
-            rows = self.exchange.finish()
             # Infinite entries are constants, such as those of attention masks, and stay.
-            step = self._product(rows.masked_fill(~rows.isfinite(), 0.0), matrix, healthy)
+            rows = self.exchange.finish()
+            rows = rows.masked_fill(~rows.isfinite(), 0.0)
+            step = self._multiplication(matrix, healthy, dtype, self._multiplies(rows))(rows, None)
             widths = [buffer.shape[1:].numel() for buffer in some]
             for buffer, piece in zip(some, torch.split(step, widths, dim=1), strict=True):
                 buffer.add_(piece.view_as(buffer))
 
     def _picked(self, theta: Tensor) -> Tensor:
-        if self._columns == [slice(0, theta.shape[1])]:
+        if self._takes_all:
             return theta
         if not self._columns:
             return theta[:, :0]
         return torch.cat([theta[:, part] for part in self._columns], dim=1)
 
-    def _product(self, rows: Tensor, matrix: Tensor, healthy: Tensor, memory: Tensor | None = None) -> Tensor:
-        """Return the rows of ``(M - I) theta`` of this process, zero for a subproblem that is sick, in ``memory``."""
-        weights = (matrix - torch.eye(len(matrix), device=matrix.device, dtype=matrix.dtype))[self.shards.members]
-        some_are_sick = may_be_any(~healthy)
+    def _parts(self) -> Iterator[tuple[slice, slice]]:
+        """Yield columns of ``theta`` that are mixed, with those of what :meth:`receive` returned."""
+        theta = self.population.theta
+        at_once = _COLUMNS_AT_ONCE if is_read_at_once(theta) else theta.shape[1]
+        before = 0
+        for part in self._columns:
+            offset = 0 if self._sources is None else before - part.start  # received are these columns only
+            for start in range(part.start, part.stop, at_once):
+                stop = min(start + at_once, part.stop)
+                yield slice(start, stop), slice(start + offset, stop + offset)
+            before += part.stop - part.start
+
+    def _multiplication(self, matrix: Tensor, healthy: Tensor, dtype: torch.dtype, multiplies: bool) -> _Multiply:
+        """Return what gives the rows of ``(M - I) theta`` of this process, zero for a subproblem that is sick.
+
+        Args:
+            matrix: ``M``, shape ``(P, P)``.
+            healthy: Shape ``(P,)``, bool.
+            dtype: That of the rows.
+            multiplies: Whether with all rows, or by a sum for each listener.
+        """
+        sick = ~healthy
+        some_are_sick = may_be_any(sick)
+        weights = matrix[self.shards.members] - self._identity
         if some_are_sick:
-            weights = weights.masked_fill(~healthy[self.shards.members].unsqueeze(1), 0.0)
-        if self._sources is None:
-            return torch.mm(weights.to(rows.dtype), self._without_sick(rows, healthy, some_are_sick), out=memory)
-        heard, places, is_heard = self._sources
-        weights = torch.where(is_heard, weights.gather(1, heard), 0.0).to(rows.dtype)
-        if self._are_few(rows):
-            rows = self._without_sick(rows, healthy, some_are_sick)
-            dense = weights.new_zeros(len(weights), len(rows)).scatter_add_(1, places, weights)
-            return torch.mm(dense, rows, out=memory)
+            weights = weights.masked_fill(sick[self.shards.members].unsqueeze(1), 0.0)
+        if self._listens is not None:
+            weights = torch.where(self._listens, weights, 0.0)
+        weights = weights.to(dtype)
+        if multiplies or self._sources is None:
+            weights = weights[:, self._held] if self.shards.is_spread else weights
+            # NaN times zero is NaN, so that no weight is not enough to keep a sick row out.
+            out = sick[self._held].unsqueeze(1) if some_are_sick else None
+            return lambda rows, memory: torch.mm(
+                weights, rows if out is None else rows.masked_fill(out, 0.0), out=memory
+            )
+        heard, places, counts = self._sources
+        weights = torch.where(counts, weights.gather(1, heard), 0.0)
         if some_are_sick:  # who is not heard is replaced by the listener, without weight
             is_well = healthy[heard]
             places, weights = torch.where(is_well, places, self._own_places), weights.masked_fill(~is_well, 0.0)
-        product = nn.functional.embedding_bag(places, rows, per_sample_weights=weights, mode="sum")
-        if some_are_sick:
-            product.masked_fill_(~healthy[self.shards.members].unsqueeze(1), 0.0)
-        return product
 
-    def _without_sick(self, rows: Tensor, healthy: Tensor, some_are_sick: bool) -> Tensor:
-        # NaN times zero is NaN, so that no weight is not enough to keep a sick row out.
-        return rows.masked_fill(~healthy[self._held].unsqueeze(1), 0.0) if some_are_sick else rows
+        def sum_up(rows: Tensor, _: Tensor | None) -> Tensor:
+            total = nn.functional.embedding_bag(places, rows, per_sample_weights=weights, mode="sum")
+            return total.masked_fill_(sick[self.shards.members].unsqueeze(1), 0.0) if some_are_sick else total
 
-    def _are_few(self, rows: Tensor) -> bool:
+        return sum_up
+
+    def _multiplies(self, rows: Tensor) -> bool:
         """Return whether a product with all rows is faster than one sum for each listener, and gives the same.
 
         On the CPU it sums in the order of the rows as well, except for a single listener; and it can use the memory of
         the last step again, without which large rows take several times as long.
         """
+        if self._sources is None:
+            return True
         is_exact = rows.device.type == "cpu" and rows.dtype in (torch.float32, torch.float64)
-        return is_exact and len(rows) <= _MANY_ROWS and len(self._own) > 1
+        return is_exact and len(rows) <= _MANY_ROWS and len(self._own_places) > 1
 
-    def _memory_for(self, rows: Tensor) -> Tensor:
-        shape = (len(self._own), rows.shape[1])
-        if self._memory is None or (self._memory.shape, self._memory.dtype) != (shape, rows.dtype):
-            self._memory = rows.new_empty(shape)
-        return self._memory
+    def _memory_for(self, rows: Tensor, width: int) -> Tensor:
+        """Return memory of shape ``(p, width)``, the same for calls of the same kind."""
+        size = len(self._own_places) * width
+        if self._memory is None or len(self._memory) < size or self._memory.dtype != rows.dtype:
+            self._memory = rows.new_empty(size)
+        return self._memory[:size].view(len(self._own_places), width)
 
     def _find_sources(self, givers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return whom every subproblem hears of, where that row is, and whether it counts, each of shape ``(p, K)``.

@@ -298,6 +298,8 @@ class Population(nn.Module):
 
     def floating_buffers(self, patterns: Sequence[str] | None = None) -> list[Tensor]:
         """Return the stacked floating-point buffers whose names match one of the patterns, each ``(P, ...)``, once."""
+        if not any(module._buffers for module in self._layers):  # to go through the names takes longer than a transfer
+            return []
         return [
             buffer
             for name, buffer in self.network.named_buffers()
@@ -307,7 +309,8 @@ class Population(nn.Module):
     def columns(self, patterns: Sequence[str] | None = None) -> list[slice]:
         """Return the columns of ``theta`` whose parameter names match one of the shell patterns; all for ``None``.
 
-        A tied parameter goes by its first name.
+        A tied parameter goes by its first name. Parameters that follow one another are one slice, with the padding
+        between them.
 
         Raises:
             ValueError: If a pattern matches no parameter and no buffer.
@@ -321,7 +324,14 @@ class Population(nn.Module):
                     f"Each pattern should match the name of a parameter. Found {pattern!r}, and the names "
                     f"{', '.join(names[:6])}{', ...' if len(names) > 6 else ''}."
                 )
-        return [slice(slot.start, slot.stop) for slot in self._slots if _matches(slot.name, patterns)]
+        columns: list[slice] = []
+        for slot in self._slots:
+            if not _matches(slot.name, patterns):
+                continue
+            follows = columns and slot.start - columns[-1].stop < _ALIGNMENT
+            start = columns.pop().start if follows else slot.start
+            columns.append(slice(start, slot.stop))
+        return columns
 
     def check_structure(self) -> None:
         """Raise an error if a layer of the network was replaced since: its parameters are not those of ``theta``.

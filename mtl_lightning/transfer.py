@@ -78,8 +78,7 @@ class TransferContext:
     @cached_property
     def pairs(self) -> Tensor:
         """Who may give to whom: both healthy, and not oneself. Shape ``(P, P)``, bool."""
-        different = ~torch.eye(len(self.healthy), dtype=torch.bool, device=self.healthy.device)
-        return self.healthy.unsqueeze(0) & self.healthy.unsqueeze(1) & different
+        return (self.healthy.unsqueeze(0) & self.healthy.unsqueeze(1)).fill_diagonal_(False)
 
     @cached_property
     def distances(self) -> Tensor:

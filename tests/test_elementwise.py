@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from mtl_lightning.elementwise import check_elementwise
+from mtl_lightning.elementwise import check_elementwise, ignores_parameters
 
 
 class _Plain(Optimizer):
@@ -149,3 +149,59 @@ def test_every_optimizer_of_torch_is_decided_upon() -> None:
     known = {name for name, _ in ELEMENTWISE} | {"LBFGS", "Adafactor", "Muon", "SparseAdam", "Optimizer"}
     classes = {name for name, value in vars(torch.optim).items() if inspect.isclass(value)}
     assert classes <= known
+
+
+def _increments(make: Callable[[Iterable[nn.Parameter]], Optimizer], start: torch.Tensor) -> torch.Tensor:
+    """Return what each of some steps adds to parameters that are put back to ``start`` before it."""
+    generator = torch.Generator().manual_seed(0)
+    parameter = nn.Parameter(start.clone())
+    optimizer, added = make([parameter]), []
+    for _ in range(5):
+        parameter.data.copy_(start)
+        parameter.grad = torch.randn(start.shape, generator=generator, dtype=start.dtype)
+        optimizer.step()
+        added.append(parameter.detach() - start)
+    return torch.stack(added)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        _optim("SGD", lr=0.1),
+        _optim("SGD", lr=0.1, momentum=0.9, nesterov=True),
+        _optim("SGD", lr=0.1, maximize=True),
+        _optim("Adam", lr=0.1),
+        _optim("Adam", lr=0.1, amsgrad=True),
+        _optim("Adam", lr=0.1, fused=True),
+        _optim("AdamW", lr=0.1, weight_decay=0.0),
+        _optim("Adamax", lr=0.1),
+        _optim("NAdam", lr=0.1),
+        _optim("RAdam", lr=0.1),
+        _optim("RMSprop", lr=0.1, momentum=0.5, centered=True),
+        _optim("Rprop", lr=0.1),
+        _optim("Adagrad", lr=0.1, lr_decay=0.1),
+        _optim("Adadelta", lr=0.1),
+    ],
+    ids=lambda make: f"{make.func.__name__}({', '.join(make.keywords)})",
+)
+def test_what_an_optimiser_adds_does_not_depend_on_the_parameters(
+    make: Callable[[Iterable[nn.Parameter]], Optimizer],
+) -> None:
+    assert ignores_parameters(make([nn.Parameter(torch.zeros(1))]))
+    zeros = torch.zeros(3, 4, dtype=torch.float64)
+    torch.testing.assert_close(_increments(make, zeros), _increments(make, torch.randn_like(zeros)))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [_optim("AdamW", lr=0.1), _optim("SGD", lr=0.1, weight_decay=0.1), _optim("ASGD", lr=0.1), _Plain, TrustRatio],
+)
+def test_of_others_it_is_not_said(make: Callable[[Iterable[nn.Parameter]], Optimizer]) -> None:
+    assert not ignores_parameters(make([nn.Parameter(torch.zeros(1))]))
+
+
+def test_weight_decay_that_comes_later_is_seen() -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+    assert ignores_parameters(optimizer)
+    optimizer.param_groups[0]["weight_decay"] = 0.1
+    assert not ignores_parameters(optimizer)

@@ -77,8 +77,24 @@ def _transfer(
     givers: Tensor | None = None,
     patterns: Sequence[str] | None = None,
 ) -> Tensor:
+    """Return ``(M - I) theta``, zero where nothing is mixed, and see that both ways of adding it agree."""
     mixing = Mixing(population, Shards(population.size), givers, patterns)
-    return mixing.step(mixing.receive(), matrix, healthy)
+    before = population.theta.detach().clone()
+    step = mixing.step(mixing.receive(), matrix, healthy).clone()
+    whole, start = torch.zeros_like(before), 0
+    for part in population.columns(patterns):
+        width = part.stop - part.start
+        whole[:, part] = step[:, start : start + width]
+        start += width
+    assert step.shape[1] == start
+    mixing.add(step)
+    torch.testing.assert_close(population.theta.detach(), before + whole, rtol=0, atol=0, equal_nan=True)
+    after = population.theta.detach().clone()
+    population.theta.data.copy_(before)
+    mixing.mix(mixing.receive(), matrix, healthy)
+    torch.testing.assert_close(population.theta.detach(), after, rtol=0, atol=0, equal_nan=True)
+    population.theta.data.copy_(before)
+    return whole
 
 
 def _mix_buffers(
@@ -115,8 +131,36 @@ def test_the_transfer_step_is_the_matrix_less_the_identity_times_theta(givers: T
 def test_the_transfer_step_leaves_theta_alone(givers: Tensor | None) -> None:
     population = _population(_separate(_network("mlp")))
     before = population.theta.detach().clone()
-    _transfer(population, _mixing(SIZE), givers=givers)
+    mixing = Mixing(population, Shards(population.size), givers)
+    mixing.step(mixing.receive(), _mixing(SIZE), ALL_HEALTHY)
     assert torch.equal(population.theta, before)
+
+
+@pytest.mark.parametrize("sick", [None, 1])
+@pytest.mark.parametrize("patterns", [None, ["encoder.*", "heads.right.weight"], ["heads.*"]])
+@all_givers
+def test_parameters_mixed_part_by_part_are_those_mixed_at_once(
+    givers: Tensor | None, patterns: Sequence[str] | None, sick: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    matrix, healthy = _mixing(SIZE), ALL_HEALTHY
+    separate = _separate(_network("mlp"))
+    if sick is not None:
+        healthy = torch.arange(SIZE) != sick
+        matrix = torch.where(healthy, matrix, 0.0)
+    found = []
+    for columns in (10**6, 37):
+        population = _population(separate)
+        if sick is not None:
+            population.theta.data[sick] = torch.nan
+        monkeypatch.setattr(mixing, "_COLUMNS_AT_ONCE", columns)
+        before = population.theta.detach().clone()
+        expected = before + _transfer(population, matrix, healthy, givers, patterns)
+        one = Mixing(population, Shards(SIZE), givers, patterns)
+        one.mix(one.receive(), matrix, healthy)
+        torch.testing.assert_close(population.theta.detach(), expected, rtol=0, atol=0, equal_nan=True)
+        assert not torch.equal(population.theta[0], before[0])
+        found.append(population.theta.detach())
+    torch.testing.assert_close(*found, rtol=0, atol=0, equal_nan=True)
 
 
 @all_givers
@@ -288,6 +332,16 @@ def test_steps_use_the_same_memory_again_and_buffers_use_other() -> None:
     one.mix_buffers(matrix, ALL_HEALTHY)
     assert torch.equal(first, kept)
     assert one.step(one.receive(), matrix, ALL_HEALTHY).data_ptr() == first.data_ptr()
+
+
+def test_mixing_in_place_needs_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    population = _population(_separate(_network("mlp")))
+    monkeypatch.setattr(mixing, "_COLUMNS_AT_ONCE", 16)
+    one = Mixing(population, Shards(SIZE), EVERYONE)
+    one.mix(one.receive(), _mixing(SIZE), ALL_HEALTHY)
+    assert one._memory is not None
+    assert one._memory.numel() == SIZE * 16
+    assert population.theta.shape[1] > 16
 
 
 @pytest.mark.parametrize("sick", [False, True])

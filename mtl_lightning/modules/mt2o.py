@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from mtl_lightning.elementwise import ignores_parameters
 from mtl_lightning.growth import Growth
 from mtl_lightning.mixing import Mixing
 from mtl_lightning.modules.base import LRSchedulerCallable, LRSchedulerInterval, OptimizerCallable, check_count
@@ -189,16 +190,19 @@ class MT2OModule(PopulationModule):
         if not self._is_transfer_due():
             step()
         else:
-            mixing, theta = self._prepared_mixing(), self.population.theta
+            mixing, mixed = self._prepared_mixing(), None
             # Under autocast the product would be of half precision, and its rows would no longer sum to one.
-            with torch.autocast(theta.device.type, enabled=False):
+            with torch.autocast(self.population.theta.device.type, enabled=False):
                 rows = mixing.receive()
                 matrix = self._transfer_matrix(losses, tasks, rows)
-                mixed = mixing.step(rows, matrix, self._healthy)
-            step()
-            with torch.autocast(theta.device.type, enabled=False):
-                theta.data.add_(mixed)
+                if ignores_parameters(self._torch_optimizer):
+                    mixing.mix(rows, matrix, self._healthy)  # what the step adds is the same before and after
+                else:
+                    mixed = mixing.step(rows, matrix, self._healthy)
                 mixing.mix_buffers(matrix, self._healthy)
+            step()
+            if mixed is not None:
+                mixing.add(mixed)
             self._transfers += 1
             self._transferred_at = self.batches_seen + 1
         self.scalarization.observe(losses.masked_fill(~self._healthy.unsqueeze(1), torch.nan))
