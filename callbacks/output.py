@@ -111,12 +111,14 @@ def draw(figure: Figure) -> np.ndarray:
     return np.array(canvas.buffer_rgba(), dtype=np.uint8)[..., :3]
 
 
-def write_picture(path: Path, picture: np.ndarray) -> None:
-    """Write a ``picture``, shape ``(height, width, 3)``, uint8, as PNG."""
+def write_picture(path: Path, picture: np.ndarray) -> bool:
+    """Write a ``picture``, shape ``(height, width, 3)``, uint8, as PNG; return whether that was possible."""
     from matplotlib.image import imsave
 
     # Level 1 takes a tenth of the time of the default, for a file a third larger.
-    write_atomically(path, lambda temporary: imsave(temporary, picture, format="png", pil_kwargs={"compress_level": 1}))
+    return write_atomically(
+        path, lambda temporary: imsave(temporary, picture, format="png", pil_kwargs={"compress_level": 1})
+    )
 
 
 def logged_step(trainer: pl.Trainer, *, epoch_is_over: bool = False) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,6 +91,7 @@ class TaskGroupCallback(Callback):
         self._number = [0, 0]  # the sum of the numbers of groups, and how many, since the start
         self._sums: dict[str, list[float]] = _no_sums()  # the same of each logged value, in this epoch
         self._rows: list[dict[str, int | float]] = []
+        self._drawn_at: int | None = None  # after which batch the figures in the folder were drawn
         self._open_epoch: int | None = None  # that of batches whose row is still to be written
 
     @property
@@ -123,6 +125,7 @@ class TaskGroupCallback(Callback):
             )
         self._start(tuple(pl_module.task_names))  # type: ignore[arg-type]  # checked above
         self.folder = output_folder(trainer, self.dirpath, default="task_groups")
+        self._drawn_at = None
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Sample the groups if it is time."""
@@ -146,10 +149,11 @@ class TaskGroupCallback(Callback):
                 log_picture(trainer, f"task_groups/{name}", picture, step)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write the tables and the final figures."""
+        """Write the tables and the final figures, unless they were drawn after the last batch."""
         if self.folder is not None and trainer.is_global_zero and self._runs:
             self._write_tables(self.folder)
-            self._write_pictures(self.folder)
+            if self._drawn_at != self.batches_seen:
+                self._write_pictures(self.folder)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Write what there is of a run that was stopped."""
@@ -263,11 +267,11 @@ class TaskGroupCallback(Callback):
         present = [index for index, label in enumerate(raw) if label != _ABSENT]
         if not present:
             return
-        near = matched_labels([self._colours[index] for index in present], [raw[index] for index in present])
+        near = _matched(tuple(self._colours[index] for index in present), tuple(raw[index] for index in present))
         colours, labels = list(self._colours), [_ABSENT] * len(raw)
         for index, label in zip(present, near, strict=True):
             colours[index] = labels[index] = label
-        self._count(labels)
+        self._count(tuple(labels))
         self._colours, self._latest = tuple(colours), tuple(labels)
         if self.batches_seen % self._every == 0:
             self._runs = _extended(self._runs, self.batches_seen, self._latest)
@@ -275,24 +279,13 @@ class TaskGroupCallback(Callback):
                 self._every *= 2
                 self._runs = _thinned(self._runs, self._every)
 
-    def _count(self, labels: list[int]) -> None:
-        array = np.array(labels)
-        here = array != _ABSENT
-        both = np.logical_and.outer(here, here)
-        self._present += both
-        self._together += both & np.equal.outer(array, array)
+    def _count(self, labels: tuple[int, ...]) -> None:
+        here, together = _pairs(labels)
+        self._present += here
+        self._together += together
         number = len(set(labels) - {_ABSENT})
         self._number = [self._number[0] + number, self._number[1] + 1]
-        values = {"number": float(number)}
-        pairs = [
-            (before, now)
-            for before, now in zip(self._latest, labels, strict=bool(self._latest))
-            if before != _ABSENT and now != _ABSENT
-        ]
-        if len(pairs) >= 2:
-            before, now = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-            values["adjusted_rand_index"] = adjusted_rand_index(before, now)
-            values["pair_flip_rate"] = pair_flip_rate(before, now)
+        values = {"number": float(number)} | (_agreement(self._latest, labels) if self._latest else {})
         for name, value in values.items():
             self._sums[name][0] += value
             self._sums[name][1] += 1
@@ -339,9 +332,36 @@ class TaskGroupCallback(Callback):
 
     def _write_pictures(self, folder: Path) -> dict[str, np.ndarray]:
         pictures = {"timeline": draw(self.timeline_figure()), "together": draw(self.together_figure())}
-        for name, picture in pictures.items():
-            write_picture(folder / f"{name}.png", picture)
+        written = [write_picture(folder / f"{name}.png", picture) for name, picture in pictures.items()]
+        self._drawn_at = self.batches_seen if all(written) else None
         return pictures
+
+
+# Most batches have the partition of the one before. What is known of it takes a tenth of the time to look up that it
+# takes to compute between the passes of a network, which leave nothing of it in the caches of the processor.
+_matched = lru_cache(maxsize=256)(matched_labels)
+
+
+@lru_cache(maxsize=256)
+def _pairs(labels: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Return which pairs of tasks are present, and which of them together, each of shape ``(T, T)``."""
+    array = np.array(labels)
+    here = array != _ABSENT
+    both = np.logical_and.outer(here, here)
+    return both, both & np.equal.outer(array, array)
+
+
+@lru_cache(maxsize=256)
+def _agreement(before: tuple[int, ...], now: tuple[int, ...]) -> dict[str, float]:
+    """Return how much two partitions agree on the tasks of both; nothing for fewer than two such tasks."""
+    pairs = [pair for pair in zip(before, now, strict=True) if _ABSENT not in pair]
+    if len(pairs) < 2:
+        return {}
+    first, second = zip(*pairs, strict=True)
+    return {
+        "adjusted_rand_index": adjusted_rand_index(first, second),
+        "pair_flip_rate": pair_flip_rate(first, second),
+    }
 
 
 def _no_sums() -> dict[str, list[float]]:

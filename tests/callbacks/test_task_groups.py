@@ -173,6 +173,40 @@ def test_tables_and_pictures_are_written(make_trainer: Callable[..., pl.Trainer]
     assert {path.name for path in tmp_path.glob("*.png")} == {"timeline.png", "together.png"}
 
 
+class _AtTheEnd(pl.Callback):
+    """Calls something between the last epoch and the end of the fit."""
+
+    def __init__(self, call: Callable[[], Any]) -> None:
+        self.call = call
+        self.found: Any = None
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.found = self.call()
+
+
+@pytest.mark.parametrize("figure_every", [1, 2, 3])
+def test_the_final_figures_are_drawn_unless_they_are_there(
+    make_trainer: Callable[..., pl.Trainer], tmp_path: Path, figure_every: int
+) -> None:
+    def inode() -> int:
+        return (tmp_path / "together.png").stat().st_ino if (tmp_path / "together.png").exists() else 0
+
+    before = _AtTheEnd(inode)
+    callback = TaskGroupCallback(dirpath=tmp_path, figure_every=figure_every)
+    make_trainer(callback, before, max_epochs=4).fit(Grouped(_random_script(16)))
+    assert (inode() == before.found) == (4 % figure_every == 0)
+
+
+def test_figures_that_could_not_be_written_are_tried_again(
+    make_trainer: Callable[..., pl.Trainer], tmp_path: Path
+) -> None:
+    (tmp_path / "together.png").mkdir()  # no file can take its place
+    callback = TaskGroupCallback(dirpath=tmp_path)
+    with pytest.warns(UserWarning, match="Callbacks should be able to write"):
+        make_trainer(callback, _AtTheEnd((tmp_path / "together.png").rmdir)).fit(Grouped(_random_script(12)))
+    assert (tmp_path / "together.png").is_file()
+
+
 def test_pictures_reach_loggers(make_trainer: Callable[..., pl.Trainer], tmp_path: Path) -> None:
     class Images(pl.loggers.CSVLogger):
         keys: list[str] = []  # noqa: RUF012  # one logger only
