@@ -607,14 +607,14 @@ class PopulationModule(MultiTaskModule):
         known = losses if len(tasks) == losses.shape[1] else losses[:, list(tasks)]  # the others hold NaN
         healthy = known.isfinite().all(dim=1)
         if self.mixes_parameters():
-            healthy &= self._has_finite_parameters()
+            healthy &= _are_finite(theta.detach())
         if getattr(self.trainer.precision_plugin, "scaler", None) is None:
             # Under a gradient scaler an overflow is no failure: the scaler skips the step and lowers the scale.
             assert theta.grad is not None
-            wide = torch.promote_types(theta.dtype, torch.float32)  # in half precision the sum of a row may overflow
-            healthy &= theta.grad.sum(dim=1, dtype=wide).isfinite()
-        every = self.shards.gather(torch.cat([losses, healthy.unsqueeze(1).to(losses)], dim=1))
-        losses, healthy = every[:, :-1], every[:, -1] > 0
+            healthy &= _are_finite(theta.grad)
+        if self.shards.is_spread:  # in one piece
+            every = self.shards.gather(torch.cat([losses, healthy.unsqueeze(1).to(losses)], dim=1))
+            losses, healthy = every[:, :-1], every[:, -1] > 0
         for index in self._frozen:
             healthy[index] = False
         return losses, healthy
@@ -630,7 +630,7 @@ class PopulationModule(MultiTaskModule):
             return
         well = self._healthy
         if waits:
-            well = well.cpu() & self.shards.gather(self._has_finite_parameters()).cpu()
+            well = well.cpu() & self.shards.gather(_are_finite(self.population.theta.detach())).cpu()
         if not at_once:
             well = _all_of(well, self._sent_health) if waits else self._sent_health[0].read()
         if not self._newly_failed(well):
@@ -657,12 +657,6 @@ class PopulationModule(MultiTaskModule):
         self._healthy, self._sent_health = torch.ones_like(self._healthy), []
         self.on_replaced(failed)
         rank_zero_warn(f"{report} Restarted from subproblem {', '.join(str(sources[index]) for index in failed)}.")
-
-    def _has_finite_parameters(self) -> Tensor:
-        """Return which subproblems of this process have, shape ``(p,)``."""
-        theta = self.population.theta.detach()
-        wide = torch.promote_types(theta.dtype, torch.float32)  # in half precision the sum of a row may overflow
-        return theta.sum(dim=1, dtype=wide).isfinite()
 
     def _newly_failed(self, healthy: Tensor) -> list[int]:
         return [index for index in (~healthy).nonzero().flatten().tolist() if index not in self._frozen]
@@ -839,6 +833,12 @@ def check_kinds(*arguments: tuple[str, Any, Any]) -> None:
     for name, value, kind in arguments:
         if not isinstance(value, kind):
             raise TypeError(f"`{name}` should be an object of {kind}. Found {value!r}.")
+
+
+def _are_finite(rows: Tensor) -> Tensor:
+    """Return which rows hold finite numbers only, shape ``(p,)``."""
+    wide = torch.promote_types(rows.dtype, torch.float32)  # in half precision the sum of a row may overflow
+    return rows.sum(dim=1, dtype=wide).isfinite()
 
 
 def _all_of(healthy: Tensor, sent: Sequence[Sent]) -> Tensor:
