@@ -66,7 +66,8 @@ def check_elementwise(
 def ignores_parameters(optimizer: Optimizer) -> bool:
     """Return whether what a step adds to the parameters is known not to depend on them, but on gradients alone.
 
-    So it is for the element-wise optimisers of torch without weight decay. It may change with the hyper-parameters.
+    So it is for the element-wise optimisers of torch without weight decay, and without hooks, which may do anything. It
+    may change with the hyper-parameters.
 
     Example:
         >>> import torch
@@ -75,7 +76,8 @@ def ignores_parameters(optimizer: Optimizer) -> bool:
         (True, False)
     """
     decays = any(group.get("weight_decay", 0.0) for group in optimizer.param_groups)
-    return type(optimizer) in _WITHOUT_PARAMETERS and not decays
+    is_hooked = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
+    return type(optimizer) in _WITHOUT_PARAMETERS and not decays and not is_hooked
 
 
 def _trajectory(

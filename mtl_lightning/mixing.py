@@ -16,6 +16,8 @@ _MANY_ROWS = 64  # from which on a product with all of them costs more than sums
 # How many columns are mixed at a time: a call costs little beside them, and what is read once is still in the caches
 # when it is written. No multiple of 4096 bytes, at whose distances rows push each other out of the caches.
 _COLUMNS_AT_ONCE = 2**16 + 16
+_NUMBERS_TRIED = 2**15  # sums in another order differ in one of a thousand, and more often
+_NARROW = 16  # fewer columns are left to kernels of their own, which sum in an order of their own
 
 _Multiply = Callable[[Tensor, Tensor | None], Tensor]
 
@@ -63,10 +65,11 @@ class Mixing:
         own_places = [self.exchange.held.index(index) for index in shards.own]
         self._own_places = torch.tensor(own_places, dtype=torch.long, device=device).unsqueeze(1)
         self._memory: Tensor | None = None  # of the latest step
+        self._agrees: dict[tuple[torch.dtype, int], bool] = {}
         self._started = False
 
     def start(self) -> None:
-        """Send off the parameters; they must not change before :meth:`receive`."""
+        """Send off the parameters; they must not change before they are mixed."""
         theta = self.population.theta.detach()
         self.exchange.start(theta if self._sources is None else self._picked(theta))
         self._started = True
@@ -76,7 +79,7 @@ class Mixing:
         """Return the parameters of the subproblems that this process hears of.
 
         With givers these are the columns that are mixed. Without them they are all columns of all subproblems, shape
-        ``(P, D)``, since a rule that hears of all may read them.
+        ``(P, D)``, since a rule that hears of all may read them. In one process they may be the parameters themselves.
         """
         if not self._started:
             self.start()
@@ -85,31 +88,28 @@ class Mixing:
 
     @torch.no_grad()
     def mix(self, rows: Tensor, matrix: Tensor, healthy: Tensor) -> None:
-        """Add ``(M - I) theta`` to the parameters of this process, part by part where the device is the CPU.
+        """Add ``(M - I) theta`` to the parameters of this process.
 
-        It takes the memory of a part only and two thirds of the time of :meth:`step` and :meth:`add`, but the
-        parameters of before are gone.
+        Where all parameters are mixed on a CPU it is done part by part, in the memory of one part. The parameters of
+        before are gone then, with ``rows`` if they are the same.
 
         Args:
             rows: What :meth:`receive` returned.
             matrix: ``M``, shape ``(P, P)``; its rows sum to one.
             healthy: Shape ``(P,)``, bool. The rows of the others may hold NaN; ``M`` gives them no weight.
         """
-        multiplies = self._multiplies(rows)
-        if not multiplies:
+        theta = self.population.theta.data
+        if not (self._takes_all and is_read_at_once(theta) and self._multiplies(rows)):
             self.add(self.step(rows, matrix, healthy))
             return
-        multiply, theta = self._multiplication(matrix, healthy, rows.dtype, multiplies), self.population.theta.data
-        for own, given in self._parts():
-            memory = self._memory_for(rows, own.stop - own.start)
-            theta[:, own].add_(multiply(rows[:, given], memory))
+        multiply = self._multiplication(matrix, healthy, rows.dtype, True)
+        for part in _parts(theta.shape[1]):
+            theta[:, part].add_(multiply(rows[:, part], self._memory_for(rows, part.stop - part.start)))
 
     @torch.no_grad()
     def step(self, rows: Tensor, matrix: Tensor, healthy: Tensor) -> Tensor:
         """Return what :meth:`mix` would add to the columns that are mixed, until the next call; see there."""
-        rows, multiplies = self._picked(rows) if self._sources is None else rows, self._multiplies(rows)
-        memory = self._memory_for(rows, rows.shape[1]) if multiplies else None
-        return self._multiplication(matrix, healthy, rows.dtype, multiplies)(rows, memory)
+        return self._mixed(self._picked(rows) if self._sources is None else rows, matrix, healthy, is_kept=True)
 
     @torch.no_grad()
     def add(self, step: Tensor) -> None:
@@ -132,7 +132,7 @@ class Mixing:
             # Infinite entries are constants, such as those of attention masks, and stay.
             rows = self.exchange.finish()
             rows = rows.masked_fill(~rows.isfinite(), 0.0)
-            step = self._multiplication(matrix, healthy, dtype, self._multiplies(rows))(rows, None)
+            step = self._mixed(rows, matrix, healthy)
             widths = [buffer.shape[1:].numel() for buffer in some]
             for buffer, piece in zip(some, torch.split(step, widths, dim=1), strict=True):
                 buffer.add_(piece.view_as(buffer))
@@ -144,17 +144,17 @@ class Mixing:
             return theta[:, :0]
         return torch.cat([theta[:, part] for part in self._columns], dim=1)
 
-    def _parts(self) -> Iterator[tuple[slice, slice]]:
-        """Yield columns of ``theta`` that are mixed, with those of what :meth:`receive` returned."""
-        theta = self.population.theta
-        at_once = _COLUMNS_AT_ONCE if is_read_at_once(theta) else theta.shape[1]
-        before = 0
-        for part in self._columns:
-            offset = 0 if self._sources is None else before - part.start  # received are these columns only
-            for start in range(part.start, part.stop, at_once):
-                stop = min(start + at_once, part.stop)
-                yield slice(start, stop), slice(start + offset, stop + offset)
-            before += part.stop - part.start
+    def _mixed(self, rows: Tensor, matrix: Tensor, healthy: Tensor, is_kept: bool = False) -> Tensor:
+        """Return the rows of ``(M - I) theta`` of this process; ``is_kept`` tells whether in memory that is kept."""
+        multiplies = self._multiplies(rows)
+        multiply = self._multiplication(matrix, healthy, rows.dtype, multiplies)
+        if not (multiplies and is_read_at_once(rows)):
+            return multiply(rows, None)
+        width = rows.shape[1]
+        mixed = self._memory_for(rows, width) if is_kept else rows.new_empty(len(self._own_places), width)
+        for part in _parts(width):
+            multiply(rows[:, part], mixed[:, part])
+        return mixed
 
     def _multiplication(self, matrix: Tensor, healthy: Tensor, dtype: torch.dtype, multiplies: bool) -> _Multiply:
         """Return what gives the rows of ``(M - I) theta`` of this process, zero for a subproblem that is sick.
@@ -177,9 +177,11 @@ class Mixing:
             weights = weights[:, self._held] if self.shards.is_spread else weights
             # NaN times zero is NaN, so that no weight is not enough to keep a sick row out.
             out = sick[self._held].unsqueeze(1) if some_are_sick else None
-            return lambda rows, memory: torch.mm(
-                weights, rows if out is None else rows.masked_fill(out, 0.0), out=memory
-            )
+
+            def multiply(rows: Tensor, memory: Tensor | None) -> Tensor:
+                return torch.mm(weights, rows if out is None else rows.masked_fill(out, 0.0), out=memory)
+
+            return multiply
         heard, places, counts = self._sources
         weights = torch.where(counts, weights.gather(1, heard), 0.0)
         if some_are_sick:  # who is not heard is replaced by the listener, without weight
@@ -195,13 +197,30 @@ class Mixing:
     def _multiplies(self, rows: Tensor) -> bool:
         """Return whether a product with all rows is faster than one sum for each listener, and gives the same.
 
-        On the CPU it sums in the order of the rows as well, except for a single listener; and it can use the memory of
-        the last step again, without which large rows take several times as long.
+        It can use the memory of the last step again, without which large rows take several times as long. Whether it
+        sums in the order of the rows as well depends on processor and library, and is tried.
         """
         if self._sources is None:
             return True
-        is_exact = rows.device.type == "cpu" and rows.dtype in (torch.float32, torch.float64)
-        return is_exact and len(rows) <= _MANY_ROWS and len(self._own_places) > 1
+        own, width = len(self._own_places), rows.shape[1]
+        is_wide = rows.dtype in (torch.float32, torch.float64)  # others are rounded more than once
+        if not (is_read_at_once(rows) and is_wide and len(rows) <= _MANY_ROWS and own > 1 and width >= _NARROW):
+            return False
+        if (rows.dtype, width) not in self._agrees:
+            widths = {part.stop - part.start for part in _parts(width)}
+            self._agrees[rows.dtype, width] = all(self._try(rows, some) for some in widths)
+        return self._agrees[rows.dtype, width]
+
+    def _try(self, rows: Tensor, width: int) -> bool:
+        """Return whether product and sums of numbers at random are equal to the last bit, all of many."""
+        generator, size = torch.Generator().manual_seed(0), self.shards.size
+        matrix, healthy = torch.rand(size, size, generator=generator), torch.ones(size, dtype=torch.bool)
+        product, sums = (self._multiplication(matrix, healthy, rows.dtype, one) for one in (True, False))
+        for _ in range(-(-_NUMBERS_TRIED // (len(self._own_places) * width))):
+            numbers = torch.randn(len(rows), width, generator=generator, dtype=rows.dtype)
+            if not torch.equal(product(numbers, None), sums(numbers, None)):
+                return False
+        return True
 
     def _memory_for(self, rows: Tensor, width: int) -> Tensor:
         """Return memory of shape ``(p, width)``, the same for calls of the same kind."""
@@ -229,3 +248,13 @@ class Mixing:
                 shape
             ),
         )
+
+
+def _parts(width: int) -> Iterator[slice]:
+    """Yield slices of at most so many columns, the last one of a few more if little is left."""
+    start = 0
+    while start < width:
+        stop = start + _COLUMNS_AT_ONCE
+        stop = width if width - stop < _NARROW else stop
+        yield slice(start, stop)
+        start = stop

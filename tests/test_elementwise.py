@@ -205,3 +205,12 @@ def test_weight_decay_that_comes_later_is_seen() -> None:
     assert ignores_parameters(optimizer)
     optimizer.param_groups[0]["weight_decay"] = 0.1
     assert not ignores_parameters(optimizer)
+
+
+@pytest.mark.parametrize("hook", ["register_step_pre_hook", "register_step_post_hook"])
+def test_hooks_may_do_anything(hook: str) -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+    handle = getattr(optimizer, hook)(lambda *_: None)
+    assert not ignores_parameters(optimizer)
+    handle.remove()
+    assert ignores_parameters(optimizer)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mtl_lightning import mixing
 from mtl_lightning.mixing import Mixing
@@ -160,7 +162,9 @@ def test_parameters_mixed_part_by_part_are_those_mixed_at_once(
         torch.testing.assert_close(population.theta.detach(), expected, rtol=0, atol=0, equal_nan=True)
         assert not torch.equal(population.theta[0], before[0])
         found.append(population.theta.detach())
-    torch.testing.assert_close(*found, rtol=0, atol=0, equal_nan=True)
+    # With givers the sum has an order; of a product with all of them it is the library's, and may depend on the width.
+    tolerance: dict[str, Any] = {} if givers is None else {"rtol": 0.0, "atol": 0.0}
+    torch.testing.assert_close(*found, equal_nan=True, **tolerance)
 
 
 @all_givers
@@ -208,8 +212,9 @@ def test_mixing_equal_subproblems_many_times_changes_nothing(givers: Tensor | No
     matrix += torch.diag(1.0 - matrix.sum(dim=1))
     healthy = torch.ones(3, dtype=torch.bool)
     mine = None if givers is None else givers[:3, :3]
+    one = Mixing(population, Shards(3), mine)
     for _ in range(10_000):
-        population.theta.data.add_(_transfer(population, matrix, healthy, mine))
+        one.mix(one.receive(), matrix, healthy)
     torch.testing.assert_close(population.theta.detach(), before, rtol=1e-5, atol=0)
 
 
@@ -298,13 +303,19 @@ def test_no_parameter_matches_a_pattern_of_buffers() -> None:
     assert not step.any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("patterns", [None, ["*.bias"], ["encoder.layers.1.bias"]])
 @pytest.mark.parametrize("sick", [None, 1])
 @pytest.mark.parametrize("size", [2, 5, 8, 25])
 def test_the_product_and_the_sums_one_by_one_are_equal_bit_for_bit(
-    size: int, sick: int | None, monkeypatch: pytest.MonkeyPatch
+    size: int,
+    sick: int | None,
+    patterns: Sequence[str] | None,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # A process with one subproblem sums, one with several multiplies: else results would depend on their number.
-    population = _population(_separate(_network("mlp"), size=size))
+    population = _population(_separate(_network("mlp"), size=size)).to(dtype)
     places = torch.arange(size)
     givers = (places[:, None] - places).abs() <= 2
     matrix = torch.rand(size, size) * givers
@@ -316,7 +327,7 @@ def test_the_product_and_the_sums_one_by_one_are_equal_bit_for_bit(
     steps = []
     for many in (64, 0):
         monkeypatch.setattr(mixing, "_MANY_ROWS", many)
-        one = Mixing(population, Shards(size), givers)
+        one = Mixing(population, Shards(size), givers, patterns)
         steps.append(one.step(one.receive(), matrix, healthy).clone())
     assert torch.equal(*steps)
     assert steps[0].any()
@@ -334,14 +345,26 @@ def test_steps_use_the_same_memory_again_and_buffers_use_other() -> None:
     assert one.step(one.receive(), matrix, ALL_HEALTHY).data_ptr() == first.data_ptr()
 
 
-def test_mixing_in_place_needs_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    population = _population(_separate(_network("mlp")))
+def test_mixing_in_place_needs_the_memory_of_a_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]
+        """Remembers the largest tensor that is no view of the parameters."""
+
+        size = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, Tensor) and result.untyped_storage().data_ptr() != theta.untyped_storage().data_ptr():
+                self.size = max(self.size, result.numel())
+            return result
+
     monkeypatch.setattr(mixing, "_COLUMNS_AT_ONCE", 16)
+    population = _population(_separate(_network("mlp")))
+    theta = population.theta.detach()
     one = Mixing(population, Shards(SIZE), EVERYONE)
-    one.mix(one.receive(), _mixing(SIZE), ALL_HEALTHY)
-    assert one._memory is not None
-    assert one._memory.numel() == SIZE * 16
-    assert population.theta.shape[1] > 16
+    one.mix(one.receive(), _mixing(SIZE), ALL_HEALTHY)  # tries out what is equal
+    with Largest() as largest:  # type: ignore[no-untyped-call]
+        one.mix(one.receive(), _mixing(SIZE), ALL_HEALTHY)
+    assert SIZE * SIZE <= largest.size <= SIZE * 32 < theta.numel()
 
 
 @pytest.mark.parametrize("sick", [False, True])

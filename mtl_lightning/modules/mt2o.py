@@ -77,6 +77,12 @@ class MT2OModule(PopulationModule):
         ``val_<metric>/<task>`` (means over the subproblems), and in a test also ``test_<...>/<task>/<index>`` of each
         subproblem. With several validation loaders the means are over all of them together.
 
+        What torch's element-wise optimisers without weight decay add does not depend on the parameters. These are then
+        mixed just before the step instead of just after it, in place; a callback's ``on_before_optimizer_step`` finds
+        them mixed, and should compute no gradient from them. With weight decay, hooks of the optimiser or another
+        optimiser, what the transfer adds is computed before the step and added after it, in the memory of one more
+        copy of the parameters.
+
         Limits: the trainable parameters share one dtype and one set of optimiser hyper-parameters. ``backend="auto"``
         may choose differently from run to run, which changes results in the last digits; a resumed run keeps the
         choice.
@@ -200,11 +206,12 @@ class MT2OModule(PopulationModule):
                 else:
                     mixed = mixing.step(rows, matrix, self._healthy)
                 mixing.mix_buffers(matrix, self._healthy)
+            # A step that fails should leave a transfer that was done and is counted.
+            self._transfers += 1
+            self._transferred_at = self.batches_seen + 1
             step()
             if mixed is not None:
                 mixing.add(mixed)
-            self._transfers += 1
-            self._transferred_at = self.batches_seen + 1
         self.scalarization.observe(losses.masked_fill(~self._healthy.unsqueeze(1), torch.nan))
 
     def mixes_parameters(self) -> bool:

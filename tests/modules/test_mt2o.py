@@ -715,6 +715,22 @@ def test_no_rule_lets_a_sick_subproblem_spread(rule: str) -> None:
         assert torch.isfinite(buffer[1:].float()).all()
 
 
+def test_a_transfer_before_a_step_that_fails_is_counted() -> None:
+    class Fail(Callback):
+        def on_before_optimizer_step(self, *_: Any) -> None:
+            raise MemoryError("no room for the moments")
+
+    start = torch.randn(4, mt2o().population.theta.shape[1])
+    counted = {}
+    for name, optimizer in (("before", torch.optim.Adam), ("after", torch.optim.AdamW)):
+        module = mt2o(optimizer=partial(optimizer, lr=1e-3))
+        module.population.theta.data.copy_(start)
+        with pytest.raises(MemoryError):
+            trainer([Fail()]).fit(module, loader())
+        counted[name] = module.get_extra_state()["transfers"] * (not torch.equal(rows(module), start))
+    assert counted == {"before": 1, "after": 0}
+
+
 def test_raise_stops_the_run_and_names_the_preference() -> None:
     module = mt2o(on_nonfinite="raise")
     with pytest.raises(FloatingPointError, match=r"subproblem 2 with preference \(0\.667, 0\.333\).*learning rate"):

@@ -44,6 +44,7 @@ RULES: dict[str, Callable[[], TransferRule]] = {
     "advantage": AdvantageTransfer,
 }
 ADAM = partial(torch.optim.Adam, lr=1e-2)
+ADAMW = partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.1)
 SGD = partial(torch.optim.SGD, lr=0.05)
 
 
@@ -186,8 +187,25 @@ def test_every_subproblem_has_its_own_slice_of_a_batch(tmp_path: Path) -> None:
     compare(lambda: mt2o(batches="independent"), tmp_path, exact=True)
 
 
-def test_some_parameters_are_transferred(tmp_path: Path) -> None:
-    compare(lambda: mt2o(transfer_parameters=["encoder.*"], optimizer=ADAM), tmp_path, exact=True)
+@pytest.mark.parametrize("patterns", [["encoder.*"], ["heads.*.bias"]])  # the latter one number wide, twice
+@pytest.mark.parametrize("optimizer", [ADAM, ADAMW], ids=["adam", "adamw"])
+def test_some_parameters_are_transferred(patterns: list[str], optimizer: Any, tmp_path: Path) -> None:
+    def build() -> MT2OModule:
+        lattice = simplex_lattice(num_tasks=2, num_divisions=2)  # three subproblems: one process has a single one
+        return mt2o(transfer_parameters=patterns, optimizer=optimizer, preferences=lattice, init="independent")
+
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+
+    def same() -> MT2OModule:
+        torch.set_rng_state(state)
+        return build()
+
+    compare(same, tmp_path, exact=True)
+
+
+def test_what_is_added_after_the_step_is_that_of_one_process(tmp_path: Path) -> None:
+    compare(lambda: mt2o(optimizer=ADAMW), tmp_path, exact=True)
 
 
 def test_a_rule_that_reads_parameters_reads_all_where_some_are_transferred(tmp_path: Path) -> None:
