@@ -1,7 +1,8 @@
 """The choice of a backend for a population: both are timed on one batch, as briefly as will do.
 
-The loop is timed on a few subproblems, of which one is like the other. Of vmap the first pass counts, if it is clear in
-spite of what warming up costs; otherwise the next ones count.
+The loop is timed on a few subproblems, of which one is like the other. Of vmap the first pass counts if it is clearly
+faster, in spite of what warming up costs, or clearly slower and so long that warming up is a small part of it.
+Otherwise the next ones count.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _SLOW = 0.05  # the seconds of a pass from which on one is enough to time it
+_LONG = 0.2  # those of a first pass of which warming up is a small part
 _CLEAR = 1.5  # the ratio of times from which on one is enough
 
 Backend = Literal["vmap", "loop"]
@@ -82,15 +84,16 @@ class _Trial:
 
     def loop(self) -> _Cost:
         """Return the cost of the loop."""
-        memory, _ = self.measured()
+        memory, _, _ = self.measured()
         return _Cost(self.best(chunks=2, repeats=2), memory)
 
     def vmap(self, loop: float) -> _Cost:
         """Return the cost of vmap, given the seconds of the loop."""
-        memory, first = self.measured()
+        memory, seconds, share = self.measured()
+        first = seconds / share
         # With a compiler, or on a GPU, the first pass tells nothing of the others.
         is_plain = self.population.compiler is None and is_read_at_once(self.population.theta)
-        if is_plain and (first * _CLEAR < loop or first > max(_SLOW, loop * _CLEAR)):
+        if is_plain and (first * _CLEAR < loop or (seconds > _LONG and first > loop * _CLEAR)):
             return _Cost(first, memory)
         return _Cost(self.best(chunks=1, repeats=3, other=loop), memory)
 
@@ -110,8 +113,8 @@ class _Trial:
                 break
         return best
 
-    def measured(self) -> tuple[float, float]:
-        """Return the bytes that the graph of a chunk holds, and the seconds of a pass, which warms up."""
+    def measured(self) -> tuple[float, float, float]:
+        """Return the bytes that the graph of the first chunk holds, and what :meth:`timed` does; this warms up."""
         held: dict[int, int] = {}
 
         def keep(tensor: Tensor) -> Tensor:
@@ -123,7 +126,7 @@ class _Trial:
         with torch.autograd.graph.saved_tensors_hooks(keep, _unchanged):
             seconds, share = self.timed(chunks=1)
         known = {tensor.untyped_storage().data_ptr() for tensor in self.given if tensor.layout is torch.strided}
-        return sum(size for place, size in held.items() if place not in known), seconds / share
+        return sum(size for place, size in held.items() if place not in known), seconds, share
 
     def timed(self, chunks: int) -> tuple[float, float]:
         """Return the seconds that some chunks take, and what share of all subproblems they are."""

@@ -1641,6 +1641,27 @@ def test_a_population_that_is_not_needed_any_more_is_freed_at_once() -> None:
         gc.enable()
 
 
+def test_warming_up_does_not_count_when_the_backend_is_chosen() -> None:
+    class Slow(nn.Module):
+        """Takes as long for several subproblems as for one, and far longer the first time."""
+
+        is_warm = False
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(3, 2)
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            is_batched = torch._C._functorch.is_batchedtensor(self.linear.weight)
+            time.sleep(0.1 if is_batched and not self.is_warm else 0.01)
+            self.is_warm |= is_batched
+            outputs: Tensor = self.linear(inputs)
+            return outputs
+
+    population = Population(Slow(), 20, chunk_size=5)
+    assert population.choose_backend(_sum, torch.ones(2, 3), None) == "vmap"
+
+
 def test_compiling_does_not_count_when_the_backend_is_chosen() -> None:
     def compiler(function: Callable[..., Any]) -> Callable[..., Any]:
         calls: list[Any] = []
