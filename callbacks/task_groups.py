@@ -342,7 +342,7 @@ class TaskGroupCallback(Callback):
 _matched = lru_cache(maxsize=256)(matched_labels)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=16)
 def _pairs(labels: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
     """Return which pairs of tasks are present, and which of them together, each of shape ``(T, T)``."""
     array = np.array(labels)
