@@ -1,8 +1,8 @@
 """What observing costs: the hypervolume of a front, and the share of an epoch that callbacks take.
 
 The profiler of Lightning takes the time of every hook of every callback; the share is that of all hooks together in the
-seconds of the epochs, validation included, without the first epoch. ``CostCallback`` is one of the callbacks, and its
-own seconds of training stand beside.
+seconds of the epochs, validation included, without the first epoch. What they do once, when the fit has ended, stands
+beside, as milliseconds. ``CostCallback`` is one of the callbacks; its own seconds of training are told, too.
 
     python benchmarks/metrics.py
     python benchmarks/metrics.py --device cuda
@@ -199,10 +199,14 @@ def callback_row(
         trainer.fit(build(), train, val)
     total = clock.starts[-1] - clock.starts[1]
     kinds = {type(callback).__name__ for callback in callbacks}
-    spent = dict.fromkeys(sorted(kinds), 0.0)
+    spent, at_the_end = dict.fromkeys(sorted(kinds), 0.0), 0.0
     for action, seconds in profiler.recorded_durations.items():
         for kind in kinds:
-            if action.startswith(f"[Callback]{kind}"):  # arguments may follow
+            if not action.startswith(f"[Callback]{kind}"):  # arguments may follow
+                continue
+            if action.endswith(".on_fit_end"):
+                at_the_end += sum(seconds)
+            else:
                 spent[kind] += sum(seconds)
     cost = next(callback for callback in callbacks if isinstance(callback, CostCallback))
     return {
@@ -212,6 +216,7 @@ def callback_row(
         "epoch_seconds": total / (epochs - 1),
         "training_seconds": cost.totals.seconds / epochs,
         "shares": {kind: seconds / total for kind, seconds in spent.items()},
+        "end_milliseconds": 1e3 * at_the_end,
     }
 
 
@@ -223,14 +228,17 @@ def table(runs: list[dict[str, Any]]) -> str:
         for row in runs
         if row["kind"] == "hypervolume"
     ]
-    lines += ["", "| run | batches an epoch | epoch, s | of it training, s | callbacks | share of the epoch |"]
-    lines += ["|---|---|---|---|---|---|"]
+    lines += [
+        "",
+        "| run | batches an epoch | epoch, s | of it training, s | callbacks | share of an epoch | at the end, ms |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for row in runs:
         if row["kind"] == "callbacks":
             each = ", ".join(f"`{kind}` {share:.2%}" for kind, share in row["shares"].items())
             lines.append(
                 f"| {row['run']} | {row['batches']} | {row['epoch_seconds']:.1f} | {row['training_seconds']:.1f} "
-                f"| {each} | {sum(row['shares'].values()):.2%} |"
+                f"| {each} | {sum(row['shares'].values()):.2%} | {row['end_milliseconds']:.0f} |"
             )
     return "\n".join(lines)
 

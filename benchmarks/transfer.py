@@ -39,15 +39,18 @@ def matrices(size: int, device: torch.device) -> dict[str, tuple[Tensor, Tensor 
     return {"two neighbours": (neighbours.to(device), near), "everyone": (everyone.to(device), None)}
 
 
-def transfer(networks: Population, matrix: Tensor, givers: Tensor | None) -> Callable[[], None]:
-    """Return one transfer, as ``MT2OModule`` does it."""
+def transfer(networks: Population, matrix: Tensor, givers: Tensor | None, is_in_place: bool) -> Callable[[], None]:
+    """Return one transfer, as ``MT2OModule`` does it: in place, unless the optimiser reads the parameters."""
     mixing = Mixing(networks, Shards(networks.size), givers)
     healthy = torch.ones(networks.size, dtype=torch.bool, device=matrix.device)
 
     def call() -> None:
         mixing.start()
-        mixed = mixing.step(mixing.receive(), matrix, healthy)
-        networks.theta.data.add_(mixed)
+        rows = mixing.receive()
+        if is_in_place:
+            mixing.mix(rows, matrix, healthy)
+        else:
+            mixing.add(mixing.step(rows, matrix, healthy))
         mixing.mix_buffers(matrix, healthy)
 
     return call
@@ -86,7 +89,8 @@ def rows_of(problem: Problem, rounds: int) -> list[dict[str, Any]]:
     steps = {backend: population(problem, backend) for backend in ("loop", "vmap")}
     calls: dict[str, Callable[[], None]] = {}
     for name, (matrix, givers) in matrices(problem.size, device).items():
-        calls[name] = transfer(networks, matrix, givers)
+        calls[name] = transfer(networks, matrix, givers, is_in_place=True)
+        calls[f"{name}, added after the step"] = transfer(networks, matrix, givers, is_in_place=False)
         calls[f"{name}, separate networks"] = one_by_one(networks, matrix)
     other = torch.empty_like(networks.theta.data)
     calls["limit"] = partial(_copy, networks.theta.data, other)
@@ -143,7 +147,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--networks", nargs="+", default=["mlp", "lenet", "vit"])
+    parser.add_argument("--networks", nargs="+", default=["mlp", "lenet", "resnet", "vit"])
     parser.add_argument("--output", type=Path, default=OUTPUT)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
