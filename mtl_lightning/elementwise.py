@@ -75,9 +75,11 @@ def ignores_parameters(optimizer: Optimizer) -> bool:
         >>> ignores_parameters(torch.optim.Adam(parameters)), ignores_parameters(torch.optim.AdamW(parameters))
         (True, False)
     """
-    decays = any(group.get("weight_decay", 0.0) for group in optimizer.param_groups)
-    is_hooked = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
-    return type(optimizer) in _WITHOUT_PARAMETERS and not decays and not is_hooked
+    if type(optimizer) not in _WITHOUT_PARAMETERS:
+        return False
+    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+        return False
+    return not any(group["weight_decay"] for group in optimizer.param_groups if "weight_decay" in group)
 
 
 def _trajectory(
