@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from mtl_lightning.elementwise import ignores_parameters
 from mtl_lightning.growth import Growth
@@ -78,10 +81,9 @@ class MT2OModule(PopulationModule):
         subproblem. With several validation loaders the means are over all of them together.
 
         What torch's element-wise optimisers without weight decay add does not depend on the parameters. These are then
-        mixed just before the step instead of just after it, in place; a callback's ``on_before_optimizer_step`` finds
-        them mixed, and should compute no gradient from them. With weight decay, hooks of the optimiser or another
-        optimiser, what the transfer adds is computed before the step and added after it, in the memory of one more
-        copy of the parameters.
+        mixed in place within the step, when all hooks have had their turn. With weight decay, hooks of the optimiser
+        or another optimiser, what the transfer adds is computed before the step and added after it, in the memory of
+        one more copy of the parameters.
 
         Limits: the trainable parameters share one dtype and one set of optimiser hyper-parameters. ``backend="auto"``
         may choose differently from run to run, which changes results in the last digits; a resumed run keeps the
@@ -165,6 +167,7 @@ class MT2OModule(PopulationModule):
         self._transferred_at = 0
         self._matrix_checked = False
         self._mixing: Mixing | None = None
+        self._mix: Callable[[], None] | None = None  # within a step
 
     def add_gradients(self, chunk: Chunk, part: Part) -> Tensor:
         """Add the gradients of the objectives ``F_i`` at the unmixed parameters; return the losses, ``(c, T')``.
@@ -201,18 +204,45 @@ class MT2OModule(PopulationModule):
             with torch.autocast(self.population.theta.device.type, enabled=False):
                 rows = mixing.receive()
                 matrix = self._transfer_matrix(losses, tasks, rows)
-                if ignores_parameters(self._torch_optimizer):
-                    mixing.mix(rows, matrix, self._healthy)  # what the step adds is the same before and after
-                else:
+                mix = partial(mixing.mix, rows, matrix, self._healthy)
+                if not ignores_parameters(self._torch_optimizer):
                     mixed = mixing.step(rows, matrix, self._healthy)
+            # What the optimiser adds may be the same before and after mixing; then it is done in place.
+            with self._mixing_in_step(mix if mixed is None else None):
+                step()
+            with torch.autocast(self.population.theta.device.type, enabled=False):
+                if mixed is not None:
+                    mixing.add(mixed)
+                    self._count_transfer()
                 mixing.mix_buffers(matrix, self._healthy)
-            # A step that fails should leave a transfer that was done and is counted.
-            self._transfers += 1
-            self._transferred_at = self.batches_seen + 1
-            step()
-            if mixed is not None:
-                mixing.add(mixed)
         self.scalarization.observe(losses.masked_fill(~self._healthy.unsqueeze(1), torch.nan))
+
+    @contextmanager
+    def _mixing_in_step(self, mix: Callable[[], None] | None) -> Iterator[None]:
+        """Let the step mix the parameters when all hooks have had their turn, so that they find those of before."""
+        self._mix = mix
+        try:
+            yield
+            if self._mix is not None:
+                raise RuntimeError(
+                    "`on_before_optimizer_step` of a subclass should call that of `MT2OModule`, which transfers "
+                    "parameters. Found that it was not called. Add `super().on_before_optimizer_step(optimizer)`."
+                )
+        finally:
+            self._mix = None
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Clip the gradients; mix the parameters if it is time."""
+        super().on_before_optimizer_step(optimizer)
+        if self._mix is not None:
+            with torch.autocast(self.population.theta.device.type, enabled=False):
+                self._mix()
+            self._mix = None
+            self._count_transfer()
+
+    def _count_transfer(self) -> None:
+        self._transfers += 1
+        self._transferred_at = self.batches_seen + 1
 
     def mixes_parameters(self) -> bool:
         """Return whether a transfer is due."""

@@ -715,20 +715,46 @@ def test_no_rule_lets_a_sick_subproblem_spread(rule: str) -> None:
         assert torch.isfinite(buffer[1:].float()).all()
 
 
-def test_a_transfer_before_a_step_that_fails_is_counted() -> None:
-    class Fail(Callback):
-        def on_before_optimizer_step(self, *_: Any) -> None:
-            raise MemoryError("no room for the moments")
+@pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.AdamW])
+def test_hooks_before_a_step_find_the_parameters_of_before(optimizer: Any) -> None:
+    class Remember(Callback):
+        def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, _: Any) -> None:
+            assert torch.equal(rows(pl_module), start)
+            raise MemoryError("enough")
 
-    start = torch.randn(4, mt2o().population.theta.shape[1])
-    counted = {}
-    for name, optimizer in (("before", torch.optim.Adam), ("after", torch.optim.AdamW)):
-        module = mt2o(optimizer=partial(optimizer, lr=1e-3))
-        module.population.theta.data.copy_(start)
-        with pytest.raises(MemoryError):
-            trainer([Fail()]).fit(module, loader())
-        counted[name] = module.get_extra_state()["transfers"] * (not torch.equal(rows(module), start))
-    assert counted == {"before": 1, "after": 0}
+    module = mt2o(optimizer=partial(optimizer, lr=1e-3))
+    start = torch.randn_like(rows(module))
+    module.population.theta.data.copy_(start)
+    with pytest.raises(MemoryError, match="enough"):
+        trainer([Remember()]).fit(module, loader())
+    assert torch.equal(rows(module), start)
+    assert module.get_extra_state()["transfers"] == 0
+
+
+def test_a_transfer_is_counted_where_the_optimiser_fails_after_it() -> None:
+    class Spoil(Callback):
+        """Takes the moments of the optimiser apart, so that its next step fails."""
+
+        def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+            pl_module.optimizers(use_pl_optimizer=False).state[pl_module.population.theta]["exp_avg"] = torch.zeros(3)
+
+    module = mt2o(optimizer=partial(torch.optim.Adam, lr=1e-3))
+    with pytest.raises(RuntimeError, match="size"):
+        trainer([Spoil()]).fit(module, loader())
+    assert module.get_extra_state()["transfers"] == 2
+    assert module.batches_seen == 1
+
+
+def test_a_subclass_that_leaves_the_transfer_out_is_told() -> None:
+    class Forgetful(MT2OModule):
+        def on_before_optimizer_step(self, optimizer: Any) -> None:
+            pass
+
+    module = Forgetful(
+        network=network(), tasks=tasks(), preferences=[[0.2, 0.8], [0.8, 0.2]], optimizer=torch.optim.Adam
+    )
+    with pytest.raises(RuntimeError, match=r"Add `super\(\).on_before_optimizer_step\(optimizer\)`"):
+        trainer().fit(module, loader())
 
 
 def test_raise_stops_the_run_and_names_the_preference() -> None:
