@@ -28,6 +28,7 @@ from mtl_lightning.commands.loading import load as load
 from mtl_lightning.commands.parsing import USER_ERRORS, Parser, instantiate, one_line
 from mtl_lightning.commands.run_report import report
 from mtl_lightning.datamodules.preview import write_preview
+from mtl_lightning.endings import destroy_groups_at_exit
 from mtl_lightning.modules.checkpoint_io import read_checkpoint
 from mtl_lightning.modules.checkpoints import CheckpointError
 from mtl_lightning.modules.waiting import LostRankError
@@ -146,6 +147,7 @@ def main() -> None:
     known = [*MultiTaskCLI.subcommands(), *commands]
     if not sys.argv[1:]:
         run(["--help"])
+    destroy_groups_at_exit()
     command, *arguments = sys.argv[1:]
     if command in commands:
         commands[command](arguments)

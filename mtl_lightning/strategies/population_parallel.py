@@ -21,6 +21,7 @@ from torch.amp import GradScaler
 from torch.distributed.constants import default_pg_timeout
 from torch.optim import Optimizer
 
+from mtl_lightning.endings import destroy_groups_at_exit
 from mtl_lightning.population_shards import Shards
 from mtl_lightning.protocols import SpreadPopulationProtocol
 
@@ -107,6 +108,7 @@ class PopulationParallelStrategy(DDPStrategy):
     def setup_environment(self) -> None:
         """Start the processes, and make the groups of those that share data and of those that share a population."""
         super().setup_environment()
+        destroy_groups_at_exit()
         if self.world_size % self.data_parallel_size:
             raise MisconfigurationException(
                 f"The number of processes should be divisible by `data_parallel_size`, {self.data_parallel_size}. "

@@ -121,3 +121,18 @@ def test_the_command_line_takes_the_strategy(tmp_path: Path) -> None:
         "--trainer.devices=2",
     )
     assert torch.equal(one, two)
+
+
+def test_groups_are_destroyed_before_python_ends() -> None:
+    # Threads of gloo that outlive Python may abort a program that is done.
+    program = """
+import atexit, tempfile
+import torch.distributed as dist
+from mtl_lightning.endings import destroy_groups_at_exit
+atexit.register(lambda: print("alive" if dist.is_initialized() else "destroyed"))
+destroy_groups_at_exit()
+destroy_groups_at_exit()
+dist.init_process_group("gloo", init_method=f"file://{tempfile.mkdtemp()}/store", rank=0, world_size=1)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=LIMIT, check=True)
+    assert done.stdout == "destroyed\n"
