@@ -10,8 +10,8 @@ import torch.distributed as dist
 def destroy_groups_at_exit() -> None:
     """Let process groups be destroyed while Python still runs, as Lightning does for NCCL only.
 
-    Threads of gloo that are left to the end of Python abort, now and then, a program that has done its work
-    ("terminate called without an active exception").
+    A program that had done its work was seen to abort at its end ("terminate called without an active exception"),
+    as threads of a library may that outlive Python; those of gloo end with its groups.
     """
     atexit.unregister(_destroy)  # once
     atexit.register(_destroy)
