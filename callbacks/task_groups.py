@@ -337,8 +337,8 @@ class TaskGroupCallback(Callback):
         return pictures
 
 
-# Most batches have the partition of the one before. What is known of it takes a tenth of the time to look up that it
-# takes to compute between the passes of a network, which leave nothing of it in the caches of the processor.
+# Most batches have the partition of the one before. To look up what is known of it is faster than to compute it between
+# the passes of a network, which leave nothing of the code in the caches of the processor.
 _matched = lru_cache(maxsize=256)(matched_labels)
 
 

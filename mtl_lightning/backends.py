@@ -48,6 +48,10 @@ def fastest_backend(population: Population, losses_of: Callable[[Chunk], Tensor]
         population: With two subproblems at least.
         losses_of: From some of them to their losses on a batch.
         given: The batch, whose memory is not that of a graph.
+
+    Raises:
+        RuntimeError: Where not even the loop can do these passes; what it raises. An error that vmap alone meets is
+            logged, and the loop is returned.
     """
     costs: dict[Backend, _Cost] = {}
     trial = _Trial(population, losses_of, given)

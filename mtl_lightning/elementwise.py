@@ -1,8 +1,9 @@
-"""What a population needs to know of its optimiser: whether it treats every element by itself.
+"""What a population needs to know of its optimiser: whether it treats every element by itself, and reads parameters.
 
 The subproblems of a population are the rows of one matrix. An optimiser is right for them only if the step of an
 element depends on the history of that element alone. Norms over a tensor (LAMB, LARS), factored moments (Adafactor),
-matrix functions (Muon, Shampoo) and line searches (LBFGS) couple the rows.
+matrix functions (Muon, Shampoo) and line searches (LBFGS) couple the rows. Where a step does not read the parameters,
+these may be mixed in place before it.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def check_elementwise(
 
 
 def ignores_parameters(optimizer: Optimizer) -> bool:
-    """Return whether what a step adds to the parameters is known not to depend on them, but on gradients alone.
+    """Return whether what a step adds to the parameters is known not to depend on them, but on the gradients so far.
 
     So it is for the element-wise optimisers of torch without weight decay, and without hooks, which may do anything. It
     may change with the hyper-parameters.
@@ -79,7 +80,7 @@ def ignores_parameters(optimizer: Optimizer) -> bool:
         return False
     if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
         return False
-    return not any(group["weight_decay"] for group in optimizer.param_groups if "weight_decay" in group)
+    return not any(group.get("weight_decay") for group in optimizer.param_groups)  # Rprop has none
 
 
 def _trajectory(

@@ -298,7 +298,7 @@ class Population(nn.Module):
 
     def floating_buffers(self, patterns: Sequence[str] | None = None) -> list[Tensor]:
         """Return the stacked floating-point buffers whose names match one of the patterns, each ``(P, ...)``, once."""
-        if not any(module._buffers for module in self._layers):  # to go through the names takes longer than a transfer
+        if not self._has_buffers():  # to go through the names takes longer than a transfer
             return []
         return [
             buffer
@@ -543,8 +543,11 @@ class Population(nn.Module):
 
     def _is_composed(self, inputs: Any) -> bool:
         """Return whether the network is evaluated part by part."""
-        has_buffers = any(module._buffers for module in self._layers)
-        return isinstance(inputs, Tensor) and self._is_of_parts and not has_buffers and is_composed(self.network)
+        is_plain = isinstance(inputs, Tensor) and not self._has_buffers()
+        return is_plain and self._is_of_parts and is_composed(self.network)
+
+    def _has_buffers(self) -> bool:
+        return any(module._buffers for module in self._layers)
 
     def _outputs_by_parts(self, values: list[Tensor], inputs: Tensor, per_subproblem: bool) -> Any:
         """Return the outputs of several networks with these parameters, stacked."""

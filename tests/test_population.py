@@ -1203,37 +1203,33 @@ def test_choosing_works_where_gradients_are_off() -> None:
         assert population.choose_backend(_sum, torch.randn(6, 3), None) in ("loop", "vmap")
 
 
+class _Telling(nn.Module):
+    """A linear layer that first tells whether it is evaluated for several subproblems at once."""
+
+    def __init__(self, tell: Callable[[bool], None]) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 2)
+        self.tell = tell
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.tell(torch._C._functorch.is_batchedtensor(self.linear.weight))
+        outputs: Tensor = self.linear(inputs)
+        return outputs
+
+
 def test_choosing_takes_a_few_passes() -> None:
     calls: list[bool] = []
-
-    class Counting(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.linear = nn.Linear(3, 2)
-
-        def forward(self, inputs: Tensor) -> Tensor:
-            calls.append(torch._C._functorch.is_batchedtensor(self.linear.weight))
-            outputs: Tensor = self.linear(inputs)
-            return outputs
-
-    Population(Counting(), 25).choose_backend(_sum, torch.randn(6, 3), None)
+    Population(_Telling(calls.append), 25).choose_backend(_sum, torch.randn(6, 3), None)
     assert 1 <= calls.count(True) <= 4  # all at once
     assert 1 <= calls.count(False) <= 5  # one of 25
 
 
 def test_an_error_while_choosing_leaves_the_backend() -> None:
-    class Failing(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.linear = nn.Linear(3, 2)
+    def fail(at_once: bool) -> None:
+        if at_once:
+            raise KeyError("a mistake")
 
-        def forward(self, inputs: Tensor) -> Tensor:
-            if torch._C._functorch.is_batchedtensor(self.linear.weight):
-                raise KeyError("a mistake")
-            outputs: Tensor = self.linear(inputs)
-            return outputs
-
-    population = Population(Failing(), 3)
+    population = Population(_Telling(fail), 3)
     with pytest.raises(KeyError):
         population.choose_backend(_sum, torch.randn(6, 3), None)
     assert population.active_backend == "loop"
@@ -1282,19 +1278,11 @@ def test_a_failure_under_vmap_leaves_buffers_as_they_were_when_choosing() -> Non
 
 
 def test_memory_that_suffices_for_the_loop_only_is_enough() -> None:
-    class Hungry(nn.Module):
-        """Runs out of memory where all subproblems are evaluated at once."""
+    def run_out(at_once: bool) -> None:
+        if at_once:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
 
-        def __init__(self) -> None:
-            super().__init__()
-            self.linear = nn.Linear(3, 2)
-
-        def forward(self, inputs: Tensor) -> Tensor:
-            if torch._C._functorch.is_batchedtensor(self.linear.weight):
-                raise torch.OutOfMemoryError("CUDA out of memory.")
-            return self.linear(inputs)
-
-    assert Population(Hungry(), 3).choose_backend(_sum, torch.ones(2, 3), None) == "loop"
+    assert Population(_Telling(run_out), 3).choose_backend(_sum, torch.ones(2, 3), None) == "loop"
 
 
 @pytest.mark.parametrize("backend", ["vmap", "loop", "auto"])
@@ -1642,23 +1630,14 @@ def test_a_population_that_is_not_needed_any_more_is_freed_at_once() -> None:
 
 
 def test_warming_up_does_not_count_when_the_backend_is_chosen() -> None:
-    class Slow(nn.Module):
-        """Takes as long for several subproblems as for one, and far longer the first time."""
+    warm: list[bool] = []
 
-        is_warm = False
+    def wait(at_once: bool) -> None:
+        """Take as long for several subproblems as for one, and far longer the first time."""
+        time.sleep(0.1 if at_once and not warm else 0.01)
+        warm.extend([True] * at_once)
 
-        def __init__(self) -> None:
-            super().__init__()
-            self.linear = nn.Linear(3, 2)
-
-        def forward(self, inputs: Tensor) -> Tensor:
-            is_batched = torch._C._functorch.is_batchedtensor(self.linear.weight)
-            time.sleep(0.1 if is_batched and not self.is_warm else 0.01)
-            self.is_warm |= is_batched
-            outputs: Tensor = self.linear(inputs)
-            return outputs
-
-    population = Population(Slow(), 20, chunk_size=5)
+    population = Population(_Telling(wait), 20, chunk_size=5)
     assert population.choose_backend(_sum, torch.ones(2, 3), None) == "vmap"
 
 

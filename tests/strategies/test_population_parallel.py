@@ -190,18 +190,15 @@ def test_every_subproblem_has_its_own_slice_of_a_batch(tmp_path: Path) -> None:
 @pytest.mark.parametrize("patterns", [["encoder.*"], ["heads.*.bias"]])  # the latter one number wide, twice
 @pytest.mark.parametrize("optimizer", [ADAM, ADAMW], ids=["adam", "adamw"])
 def test_some_parameters_are_transferred(patterns: list[str], optimizer: Any, tmp_path: Path) -> None:
+    start = network()  # which seeds
+
     def build() -> MT2OModule:
+        torch.manual_seed(3)
         lattice = simplex_lattice(num_tasks=2, num_divisions=2)  # three subproblems: one process has a single one
-        return mt2o(transfer_parameters=patterns, optimizer=optimizer, preferences=lattice, init="independent")
+        own = {"transfer_parameters": patterns, "preferences": lattice, "init": "independent"}
+        return mt2o(network=start, optimizer=optimizer, **own)
 
-    torch.manual_seed(3)
-    state = torch.get_rng_state()
-
-    def same() -> MT2OModule:
-        torch.set_rng_state(state)
-        return build()
-
-    compare(same, tmp_path, exact=True)
+    compare(build, tmp_path, exact=True)
 
 
 def test_what_is_added_after_the_step_is_that_of_one_process(tmp_path: Path) -> None:
